@@ -1,0 +1,432 @@
+"""The laws of the contract, over every mechanism. They know nothing of how one works."""
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from mechanisms import SIZES, each
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from memformers.memory import (carry, clone, filled, load_memory, nbytes, put, reset, save_memory,
+                               select, shuffle)
+from memformers.model import MemoryLM, Reader
+
+N = SIZES["seq_len"]
+close = torch.testing.assert_close
+
+
+def text(rows=3, length=N, seed=1):
+    return torch.randint(SIZES["num_tokens"], (rows, length),
+                         generator=torch.Generator().manual_seed(seed))
+
+
+def leaves(memory): return tree_flatten(memory)[0]
+
+
+def same(a, b):
+    """Exactly the same memory."""
+    return all(torch.equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+def read(model, tokens, memory=None, mask=None, grad=False, seq_len=N):
+    """Read a text segment by segment: all logits, and the memory at its end."""
+    logits = []
+    for i in range(0, tokens.shape[1], seq_len):
+        out = model.step(tokens[:, i:i + seq_len], memory,
+                         None if mask is None else mask[:, i:i + seq_len])
+        memory = carry(out.memory, grad=grad)
+        logits.append(out.logits)
+    return torch.cat(logits, 1), memory
+
+
+def states(memory):
+    """A memory and the memories inside it."""
+    yield memory
+    for f in fields(memory):
+        if hasattr(getattr(memory, f.name), "__dataclass_fields__"):
+            yield from states(getattr(memory, f.name))
+
+
+# 1. none is init; constant shapes; what is not filled is not read
+
+@each
+def test_none_is_a_fresh_memory(mechanism):
+    model = mechanism.make()
+    a, b = model.step(text()), model.step(text(), model.init_memory(3))
+    assert torch.equal(a.logits, b.logits) and same(a.memory, b.memory)
+    assert a.aux_loss.shape == () and all(not x.any() for x in leaves(model.init_memory(3)))
+
+
+@each
+def test_shapes_are_constant_from_the_first_call(mechanism):
+    model = mechanism.make()
+    shape = lambda memory: [(x.shape, x.dtype) for x in leaves(memory)]
+    memory, size = None, nbytes(model.init_memory(3))
+    for i in range(5):
+        memory = carry(model.step(text(seed=i), memory).memory)
+        assert shape(memory) == shape(model.init_memory(3)) and nbytes(memory) == size
+
+
+@each
+@pytest.mark.parametrize("read_before", [0, 2, N, 2 * N + 1])
+def test_an_empty_slot_is_never_read(mechanism, read_before):
+    """Whatever stands in the slots that are not filled changes nothing, least of all a zero."""
+    model = mechanism.make()
+    memory = model.init_memory(3) if not read_before else read(model, text(3, read_before))[1]
+
+    def poison(state):
+        changed = {}
+        for f in fields(state):
+            value = getattr(state, f.name)
+            if hasattr(value, "__dataclass_fields__"): value = poison(value)
+            elif "slots" in f.metadata:
+                dim, m = f.metadata["slots"], value.shape[f.metadata["slots"]]
+                there = filled(getattr(state, f.metadata["fill"]), m)
+                there = there.view([s if d in (0, dim) else 1 for d, s in enumerate(value.shape)])
+                value = value.where(there, torch.full_like(value, 30.0))
+            changed[f.name] = value
+        return type(state)(**changed)
+
+    a, b = (model.step(text(seed=2), m).logits for m in (memory, poison(memory)))
+    close(a, b)
+
+
+# 2. pure
+
+@each
+def test_a_step_is_pure(mechanism):
+    model = mechanism.make()
+    memory = read(model, text(3, 2 * N))[1]
+    before = clone(memory)
+    a, b = model.step(text(seed=2), memory), model.step(text(seed=2), memory)
+    assert torch.equal(a.logits, b.logits) and same(carry(clone(a.memory)), carry(b.memory))
+    assert same(memory, before)
+    assert not set(dict(model.named_buffers())), "a memory lives in no buffer"
+
+
+@each
+def test_activation_checkpointing_changes_nothing(mechanism):
+    """Under checkpointing the forward pass runs twice; the memory is written once."""
+    def run(step):
+        model = mechanism.make()
+        memory, loss = None, 0
+        for i in range(3):
+            out = step(model)(text(seed=i), memory)
+            memory, loss = carry(out.memory, grad=True), loss + out.logits.square().mean()
+        memory = carry(memory)
+        loss.backward()
+        return memory, {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+    plain, grads = run(lambda model: model.step)
+    twice, grads_twice = run(
+        lambda model: lambda *a: checkpoint(model.step, *a, use_reentrant=False))
+    assert same(plain, twice) and grads.keys() == grads_twice.keys()
+    for k in grads: close(grads[k], grads_twice[k])
+
+
+# 3. causal
+
+@each
+@pytest.mark.parametrize("t", [0, 1, N - 1, N, N + 2, 2 * N])
+def test_nothing_sees_the_future(mechanism, t):
+    model = mechanism.make()
+    a = text(2, 3 * N)
+    b = a.clone()
+    b[:, t] = (b[:, t] + 1) % SIZES["num_tokens"]
+    x, y = read(model, a)[0], read(model, b)[0]
+    assert torch.equal(x[:, :t], y[:, :t]) and not torch.equal(x[:, t:], y[:, t:])
+
+
+@each
+def test_the_memory_is_read(mechanism):
+    """The next segment depends on the one before, and on each of its tokens."""
+    model = mechanism.make()
+    for t in range(N):
+        a = text(1, N)
+        b = a.clone()
+        b[:, t] = (b[:, t] + 1) % SIZES["num_tokens"]
+        x, y = (model.step(text(1, seed=9), read(model, s)[1]).logits for s in (a, b))
+        # What is farther back than the memory reaches may be forgotten.
+        if t == N - 1: assert not torch.allclose(x, y)
+
+
+# 4. rows
+
+@each
+def test_rows_are_isolated(mechanism):
+    model = mechanism.make()
+    a = text(3, 3 * N)
+    b = a.clone()
+    b[1] = text(1, 3 * N, seed=5)[0]
+    (x, mx), (y, my) = read(model, a), read(model, b)
+    others = [0, 2]
+    assert torch.equal(x[others], y[others]) and same(select(mx, others), select(my, others))
+
+
+@each
+def test_a_reset_row_is_a_fresh_row(mechanism):
+    model = mechanism.make()
+    memory = read(model, text(3, 2 * N))[1]
+    rows = torch.tensor([False, True, False])
+    after = reset(memory, rows)
+    assert same(select(after, [1]), model.init_memory(1))
+    assert same(select(after, [0, 2]), select(memory, [0, 2]))
+    x = model.step(text(seed=3), after).logits
+    close(x[1:2], model.step(text(seed=3)[1:2]).logits)
+    close(x[[0, 2]], model.step(text(seed=3), memory).logits[[0, 2]])
+
+
+@each
+def test_ragged_rows_equal_each_row_alone(mechanism):
+    """Padding in front, behind and in the middle, rows that pause, a reset on the way."""
+    model = mechanism.make()
+    tokens = text(4, 4 * N)
+    mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[0] = True
+    mask[1, N:2 * N] = False                 # this row pauses for a segment
+    mask[2, :N] = torch.arange(N) >= 2       # padding in front
+    mask[3, 2 * N:] = False                  # this row ends early
+    starts = {2: torch.tensor([False, False, True, False])}
+
+    memory, together = None, []
+    for s in range(4):
+        if s in starts: memory = reset(memory, starts[s])
+        cut = slice(s * N, (s + 1) * N)
+        out = model.step(tokens[:, cut], memory, mask[:, cut])
+        memory = carry(out.memory)
+        together.append(out.logits)
+    for r in range(4):
+        alone = None
+        for s in range(4):
+            if s in starts and starts[s][r]: alone = None
+            cut, real = slice(s * N, (s + 1) * N), mask[r, s * N:(s + 1) * N]
+            if not real.any(): continue
+            out = model.step(tokens[r:r + 1, cut][:, real], alone)
+            alone = carry(out.memory)
+            close(together[s][r:r + 1, real], out.logits)
+        for x, y in zip(leaves(select(memory, [r])), leaves(alone), strict=True): close(x, y)
+
+
+@each
+def test_what_stands_in_the_padding_does_not_matter(mechanism):
+    model = mechanism.make()
+    mask = torch.tensor([[True, True, False, True, False]] * 3)
+    a, b = text(seed=1), text(seed=1).where(mask, -100)
+    x, y = model.step(a, None, mask), model.step(b, None, mask)
+    assert torch.equal(x.logits[mask], y.logits[mask]) and same(carry(x.memory), carry(y.memory))
+
+
+# 5. select
+
+@each
+def test_select_commutes_with_a_step(mechanism):
+    model = mechanism.make()
+    memory = read(model, text(3, 2 * N))[1]
+    rows = torch.tensor([2, 0, 0, 1])
+    out = model.step(text(seed=2), memory)
+    picked = model.step(text(seed=2)[rows], select(memory, rows))
+    close(picked.logits, out.logits[rows])
+    for x, y in zip(leaves(carry(picked.memory)), leaves(select(carry(out.memory), rows))): close(x, y)
+
+
+@each
+def test_put_is_the_inverse_of_select(mechanism):
+    model = mechanism.make()
+    memory = read(model, text(3, 2 * N))[1]
+    there = put(model.init_memory(3), [2, 0], select(memory, [2, 0]))
+    assert same(select(there, [0, 2]), select(memory, [0, 2]))
+    assert same(select(there, [1]), model.init_memory(1))
+
+
+# 6. the graph
+
+@each
+def test_carry_cuts_the_graph(mechanism):
+    model = mechanism.make()
+    out = model.step(text())
+    memory = carry(out.memory)
+    assert not any(x.requires_grad for x in leaves(memory))
+    model.step(text(seed=2), memory).logits.sum().backward()
+
+
+@each
+def test_the_graph_can_be_kept(mechanism):
+    """With `grad=True` the loss of the second segment reaches what wrote the first."""
+    model = mechanism.make()
+    hidden = []
+
+    def watch(module, args, out):
+        out.requires_grad_()
+        hidden.append(out)
+        out.retain_grad()
+
+    handle = model.embedding.register_forward_hook(watch)
+    first = model.step(text())
+    second = model.step(text(seed=2), carry(first.memory, grad=True))
+    handle.remove()
+    second.logits.square().sum().backward()
+    assert hidden[0].grad is not None and hidden[0].grad[:, -1].abs().min() > 0
+
+
+# 7. files
+
+@each
+def test_a_saved_memory_continues_bit_for_bit(mechanism, tmp_path):
+    model = mechanism.make()
+    for length in (0, 3, 2 * N):
+        memory = read(model, text(3, length))[1] if length else model.init_memory(3)
+        save_memory(memory, tmp_path / "memory.safetensors")
+        loaded = load_memory(tmp_path / "memory.safetensors", like=model.init_memory(3))
+        assert same(memory, loaded)
+        a, b = read(model, text(3, 2 * N, 7), memory), read(model, text(3, 2 * N, 7), loaded)
+        assert torch.equal(a[0], b[0]) and same(a[1], b[1])
+
+
+@each
+def test_a_saved_model_is_the_same_model(mechanism, tmp_path):
+    model = mechanism.make()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config() == model.config()
+    assert torch.equal(read(again, text(3, 2 * N))[0], read(model, text(3, 2 * N))[0])
+
+
+@each
+def test_no_memory_in_the_state_dict(mechanism):
+    model = mechanism.make()
+    before = set(model.state_dict())
+    read(model, text(3, 3 * N))
+    assert set(model.state_dict()) == before
+
+
+# 8. cutting
+
+@each
+def test_a_text_may_be_cut_anywhere(mechanism):
+    if mechanism.splits: model = mechanism.make()
+    elif mechanism.splits_with: model = mechanism.make(**mechanism.splits_with)
+    else: pytest.skip("this mechanism does not promise it")
+    tokens = text(2, 3 * N)
+    whole = read(model, tokens)[0]
+    for seq_len in (1, 2, 3): close(read(model, tokens, seq_len=seq_len)[0], whole)
+
+
+# 9. numbers
+
+@each
+def test_gradients_equal_finite_differences(mechanism):
+    """Through three segments and the memory between them, along random directions."""
+    model = mechanism.make()
+    params = [p for p in model.parameters()]
+
+    def loss():
+        logits, _ = read(model, text(2, 3 * N), grad=True)
+        return logits.log_softmax(-1)[..., 3].mean()
+
+    grads = torch.autograd.grad(loss(), params, allow_unused=True)
+    torch.manual_seed(4)
+    for _ in range(3):
+        directions = [torch.randn_like(p) for p in params]
+        slope = sum((g * d).sum() for g, d in zip(grads, directions) if g is not None)
+        eps, ends = 1e-5, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, d in zip(params, directions): p += sign * eps * d
+                ends.append(loss())
+                for p, d in zip(params, directions): p -= sign * eps * d
+        assert math.isclose(slope.item(), ((ends[0] - ends[1]) / (2 * eps)).item(), rel_tol=1e-4,
+                            abs_tol=1e-7)
+
+
+@each
+def test_half_precision(mechanism):
+    model = mechanism.make().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, memory = read(model, text(3, 3 * N))
+    assert logits.isfinite().all()
+    for x, y in zip(leaves(memory), leaves(model.init_memory(3))): assert x.dtype == y.dtype
+    model = model.bfloat16()
+    logits, memory = read(model, text(3, 3 * N))
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+    assert all(x.dtype == torch.bfloat16 for x in leaves(memory) if x.is_floating_point())
+
+
+@each
+def test_accelerate_keeps_the_type_of_a_memory(mechanism):
+    from accelerate import Accelerator
+
+    class Stepper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+        def forward(self, tokens, memory): return self.model.step(tokens, memory)
+
+    model = mechanism.make().bfloat16()
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(Stepper(model))
+    memory = carry(prepared(text(), None).memory)
+    assert all(x.dtype == y.dtype for x, y in zip(leaves(memory), leaves(model.init_memory(3))))
+
+
+# 10. piece by piece
+
+@each
+@pytest.mark.parametrize("general", [False, True], ids=["own", "general"])
+def test_one_token_at_a_time_equals_the_segment(mechanism, general, monkeypatch):
+    model = mechanism.make()
+    if general:
+        for name in ("open_segment", "extend_segment", "close_segment"):
+            monkeypatch.setattr(type(model), name, getattr(MemoryLM, name))
+    tokens = text(2, 3 * N + 2)
+    reader = Reader(model, 2)
+    with torch.no_grad():
+        pieces = torch.stack([reader.read(t) for t in tokens.split(1, 1)], 1)
+        whole, memory = read(model, tokens)
+    close(pieces, whole)
+    for x, y in zip(leaves(reader.memory), leaves(memory), strict=True): close(x, y)
+
+
+@each
+def test_rows_are_read_at_their_own_pace(mechanism):
+    model = mechanism.make()
+    tokens, lengths = text(3, 4 * N), torch.tensor([4 * N, 2, N + 3])
+    mask = torch.arange(4 * N) < lengths[:, None]
+    reader = Reader(model, 3)
+    with torch.no_grad():
+        reader.read(tokens[:, :3], mask[:, :3])
+        reader.read(tokens[:, 3:], mask[:, 3:])
+        after = reader.read(text(3, 1, seed=8))
+    for r in range(3):
+        alone = torch.cat([tokens[r:r + 1, :lengths[r]], text(3, 1, seed=8)[r:r + 1]], 1)
+        logits, memory = read(model, alone)
+        close(after[r], logits[0, -1])
+        for x, y in zip(leaves(select(reader.memory, [r])), leaves(memory), strict=True): close(x, y)
+
+
+@each
+def test_branches_of_a_reader(mechanism):
+    model = mechanism.make()
+    reader = Reader(model, 2)
+    with torch.no_grad():
+        reader.read(text(2, N + 2))
+        reader.select([1, 1, 0])
+        after = reader.read(text(3, 1, seed=8))
+    for r, source in enumerate([1, 1, 0]):
+        whole = torch.cat([text(2, N + 2)[source:source + 1], text(3, 1, seed=8)[r:r + 1]], 1)
+        close(after[r], read(model, whole)[0][0, -1])
+
+
+@each
+def test_shuffling_keeps_what_is_remembered(mechanism):
+    model = mechanism.make()
+    memory = read(model, text(3, N + 2))[1]
+    mixed = shuffle(memory, torch.Generator().manual_seed(0))
+    for a, b in zip(states(memory), states(mixed)):
+        for f in fields(a):
+            x, y = getattr(a, f.name), getattr(b, f.name)
+            if "slots" in f.metadata:
+                x, y = (v.movedim(f.metadata["slots"], 1).flatten(2).sum(-1).sort(1).values
+                        for v in (x, y))
+            if isinstance(x, torch.Tensor): close(x, y)
+    assert torch.isfinite(model.step(text(seed=4), mixed).logits).all()
+    tree_map(lambda x, y: None, memory, mixed)
