@@ -50,7 +50,7 @@ lab: $(READY) ## open JupyterLab on the tutorials
 	$(BIN)/python -m jupyterlab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/tutorials
 
 .PHONY: docs
-docs: $(READY) README.md ## build the site into _docs (with Quarto where it is found, else with pandoc)
+docs: $(READY) README.md ## build the site into _docs, with Quarto if it is found, else pandoc
 	@if command -v quarto >/dev/null; then \
 		echo "== Site: rendering with Quarto"; PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs; \
 	else echo "== Site: rendering with pandoc"; $(BIN)/python tools/make_site.py _docs; fi

@@ -1,0 +1,65 @@
+"""What every benchmark needs: interleaved timing, the machine's description, a table, a file."""
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict:
+    """Where the numbers were measured."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines()
+                     if line.startswith("model name")), name)
+    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "torch": torch.__version__, "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d")}
+
+
+def interleaved(cases: dict, rounds: int = 7) -> dict:
+    """Median milliseconds of each case; the cases take turns, so that a busy spell hits all."""
+    times = {name: [] for name in cases}
+    for call in cases.values(): call()
+    for _ in range(rounds):
+        for name, call in cases.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available(): torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def table(title: str, ms: dict, reference: str, unit: str = "ms") -> dict:
+    """Print a markdown table with ratios to the reference; return its rows."""
+    print(f"\n### {title}\n\n| | {unit} | ratio |\n|---|--:|--:|")
+    rows = {name: {unit: round(t, 3), "ratio": round(t / ms[reference], 3)}
+            for name, t in ms.items()}
+    for name, row in rows.items(): print(f"| {name} | {row[unit]} | {row['ratio']} |")
+    return {"title": title, "reference": reference, "rows": rows}
+
+
+def peak_mb(script: str) -> float:
+    """Peak resident memory in MB of a Python script in a process of its own."""
+    code = script + ("\nimport resource\n"
+                     "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
+                         check=True)
+    return float(out.stdout.strip().splitlines()[-1])
+
+
+def save(name: str, tables: list):
+    """Write the tables and the machine to `results/NAME.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"machine": machine(), "tables": tables}, indent=2) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,115 @@
+"The package as others get it: an sdist, a wheel made from it, installed and imported elsewhere."
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ["accelerate", "datasets", "faiss", "ipykernel", "IPython", "jupyter_core", "matplotlib",
+         "nbdev", "pandas", "tensorboard"]
+
+
+def run(*command, **options):
+    "What a command printed; its errors are shown where it fails."
+    command = [str(part) for part in command]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "The folder with the sdist, and the wheel that is built from nothing but the sdist."
+    folder = tmp_path_factory.mktemp("build")
+    skip = shutil.ignore_patterns(".*", "build", "dist", "runs", "_docs", "_proc", "*.egg-info")
+    shutil.copytree(ROOT, folder / "tree", ignore=skip)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist",
+        folder / "tree")
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    "A folder that holds the installed wheel and nothing else; what it needs is found beside it."
+    folder = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", folder,
+        *built.glob("*.whl"))
+    return folder
+
+
+def python(installed, code, tmp_path):
+    "Run `code` in a fresh interpreter that finds the installed wheel first, from another folder."
+    return run(sys.executable, "-c", code, cwd=tmp_path,
+               env={**os.environ, "PYTHONPATH": str(installed)})
+
+
+def test_names_of_what_is_built(built, settings):
+    version = settings["version"]
+    assert sorted(path.name for path in built.iterdir()) == [
+        f"torch_memformers-{version}-py3-none-any.whl", f"torch_memformers-{version}.tar.gz"]
+
+
+def test_wheel_holds_every_module_and_nothing_else(built):
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == {f"memformers/{path.name}" for path in (ROOT / "memformers").glob("*.py")}
+
+
+def test_sdist_holds_what_a_reader_looks_for(built):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"settings.ini", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt",
+            "memformers/__init__.py"} <= names
+
+
+def test_wheel_imports_from_another_folder(installed, settings, tmp_path):
+    code = "import memformers; print(memformers.__file__, memformers.__version__)"
+    file, version = python(installed, code, tmp_path).split()
+    assert Path(file).is_relative_to(installed) and version == settings["version"]
+
+
+def test_distribution_and_command(installed, settings, tmp_path):
+    code = """
+from importlib.metadata import distribution
+found = distribution("torch-memformers")
+(command,) = found.entry_points.select(group="console_scripts")
+print(found.version, command.name, callable(command.load()))"""
+    assert python(installed, code, tmp_path) == f"{settings['version']} memformers True"
+    usage = run(sys.executable, installed / "bin" / "memformers", "--help", cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(installed)})
+    assert "demo" in usage
+
+
+def test_every_module_imports(installed, tmp_path):
+    names = [path.stem for path in sorted((ROOT / "memformers").glob("[a-z]*.py"))]
+    python(installed, "; ".join(f"import memformers.{name}" for name in names), tmp_path)
+
+
+def test_import_is_light(installed, tmp_path):
+    code = f"import sys, memformers; print([name for name in {HEAVY} if name in sys.modules])"
+    assert python(installed, code, tmp_path) == "[]"
+
+
+@pytest.mark.slow
+def test_wheel_installs_into_an_empty_environment(built, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    interpreter = tmp_path / "venv" / "bin" / "python"
+    run(interpreter, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt",
+        *built.glob("*.whl"))
+    run(interpreter, "-m", "pip", "check")
+    run(interpreter, "-c", "import memformers", cwd=tmp_path)
+    run(tmp_path / "venv" / "bin" / "memformers", "models", cwd=tmp_path)

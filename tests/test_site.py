@@ -1,0 +1,316 @@
+"The site: built once by pandoc, its links followed, its pages looked at in a browser."
+import functools
+import html
+import http.server
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import make_readme  # noqa: E402
+import make_site  # noqa: E402
+
+SAMPLE = ["""# Everything `at once`
+
+> A page of `all` that it can hold.""",
+"""See @fig-line, [home](../index.ipynb#second), and $x_{t+1} = \\sigma(W x_t)$.
+
+## Maths
+
+$$ p(x) = \\prod_t p(x_t \\mid x_{<t}), \\qquad m_{t+1} = f(m_t, x_t) \\qquad (1) $$""",
+"""::: {.callout-note}
+## A title with `code`
+Outer text.
+
+::: {.callout-warning title="Nested *warning*"}
+Inner text.
+:::
+:::
+
+::: {.callout-tip collapse="true"}
+## Folded
+Hidden text.
+:::""",
+"""::: {.panel-tabset}
+## By hand
+Loops.
+
+## At once
+One product.
+:::"""]
+FIGURE = '''#| label: fig-line
+#| fig-cap: "Bits: a line"
+#| fig-alt: "A \\"rising\\" line"
+plt.plot([1, 2])'''
+PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5E"
+         "rkJggg==")
+
+
+# --- fixtures ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The project's own site."
+    out = tmp_path_factory.mktemp("site") / "docs"
+    done = subprocess.run([sys.executable, ROOT / "tools" / "make_site.py", out],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def notebook(path, markdown, code=()):
+    "Write a notebook of markdown cells and code cells; `code` holds (source, outputs)."
+    v4 = nbformat.v4
+    cells = [v4.new_markdown_cell(text) for text in markdown]
+    cells += [v4.new_code_cell(source, outputs=outputs) for source, outputs in code]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=cells), path)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    "A project of two pages of its own; returns a function that builds it."
+    nbs = tmp_path / "nbs"
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    config["website"]["navbar"] = {"left": [{"text": "Home", "href": "index.ipynb"}]}
+    config["website"]["sidebar"]["contents"] = [
+        "index.ipynb", {"section": "How to", "contents": ["howto/05_sample.ipynb"]}]
+    (tmp_path / "_quarto.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    notebook(nbs / "index.ipynb", ["# Home\n\n> Start.", "## First\n\nText.\n\n## Second\n\nText."])
+    figure = nbformat.v4.new_output("display_data", {"image/png": PIXEL, "text/plain": "<Figure>"})
+    shown = nbformat.v4.new_output("execute_result", {"text/plain": "[[`'```'`]]"})
+    notebook(nbs / "howto" / "05_sample.ipynb", SAMPLE,
+             [(FIGURE, [figure]), ("#| echo: false\nsecret = 1", []), ("ticks", [shown])])
+    monkeypatch.chdir(ROOT)
+    def build():
+        make_site.write_site(tmp_path, tmp_path / "docs")
+        return tmp_path / "docs"
+    return build
+
+
+# --- what is built -----------------------------------------------------------------------------
+
+def test_every_internal_link_leads_somewhere(site):
+    pages = {path.relative_to(site).as_posix(): path.read_text(encoding="utf-8")
+             for path in site.rglob("*.html")}
+    assert "index.html" in pages and "memory.html" in pages
+    broken = []
+    for name, text in pages.items():
+        for target in re.findall(r'(?:href|src)="([^"]*)"', text):
+            if re.match(r"[a-z]+:", target): continue
+            path, _, anchor = target.partition("#")
+            path = posixpath.join(posixpath.dirname(name), path) if path else name
+            path = posixpath.normpath(path)
+            if not (site / path).is_file(): broken.append((name, target))
+            elif anchor and f'id="{anchor}"' not in pages[path]: broken.append((name, target))
+    assert not broken
+
+
+def test_no_page_shows_markup_instead_of_what_it_means(site):
+    for path in site.rglob("*.html"):
+        text = re.sub(r"<(pre|code|annotation)\b.*?</\1>|<[^>]*>", "",
+                      path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.search(r":::|\]\(|#\||@fig-|\{[#.]|\$\$", text), path.name
+
+
+def test_quarto_and_settings_agree():
+    "nbdev takes the address and the title from settings.ini, Quarto from _quarto.yml."
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    settings = settings["DEFAULT"]
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    web = config["website"]
+    assert web["site-url"] == settings["doc_host"] + settings["doc_baseurl"]
+    assert web["repo-url"] == settings["git_url"]
+    assert (web["title"], web["description"]) == (settings["title"], settings["description"])
+    assert config["project"]["output-dir"] == settings["doc_path"]
+
+
+def test_readme_is_in_step_with_index(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    make_readme.readme(tmp_path)
+    made = {path.relative_to(tmp_path): path.read_bytes()
+            for path in tmp_path.rglob("*") if path.is_file()}
+    for path, content in made.items():
+        assert (ROOT / path).read_bytes() == content, f"{path} is old: run `make export`"
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [t for t in re.findall(r"\]\(([^)]+)\)", text) if not re.match("[a-z]+:", t)]
+    assert targets and not [t for t in targets if not (ROOT / t).exists()]
+
+
+def test_sample_page_renders_all_that_a_page_can_hold(small):
+    page = (small() / "howto" / "sample.html").read_text(encoding="utf-8")
+    assert "<title>Everything at once – memformers</title>" in page
+    assert '<p class="description">A page of <code>all</code> that it can hold.</p>' in page
+    assert '<a href="../index.html#second">home</a>' in page
+    assert '<a href="#fig-line">Figure 1</a>' in page and "Figure 1: Bits: a line" in page
+    assert 'alt="A &quot;rising&quot; line"' in page
+    assert page.count("<math") == 2 and 'display="block"' in page
+    note = page[page.index('class="callout note"'):page.index('class="callout tip"')]
+    assert 'class="callout warning"' in note and "Nested <em>warning</em>" in note
+    assert "A title with <code>code</code>" in note and "Inner text." in note
+    assert '<details class="callout tip">' in page
+    assert page.count('<div class="tab">') == 2
+    assert "secret" not in page and "[[`'```'`]]" in html.unescape(page) and "#|" not in page
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[x](../nothing.ipynb)", "05_sample.ipynb: ../nothing.ipynb"),
+    ("[x](../index.ipynb#nowhere)", "05_sample.ipynb: ../index.html#nowhere"),
+    ("![x](nothing.png)", "05_sample.ipynb: nothing.png"),
+    ("see @fig-nothing", "@fig-nothing refers to no figure"),
+    ("$$ \\nosuchmacro{x} $$", "nosuchmacro"),
+    ("::: {.callout-note}\nnever closed", "unclosed"),
+    ("[`carry`](../index.ipynb)", "nbdev links `carry` by itself"),
+    ("$$ x \\tag{1} $$", "write \\qquad (1)"),
+])
+def test_what_is_broken_fails_the_build_by_name(small, tmp_path, text, message):
+    notebook(tmp_path / "nbs" / "howto" / "05_sample.ipynb", ["# Sample\n\n> Broken.", text])
+    with pytest.raises(make_site.SiteError) as error: small()
+    assert message in str(error.value) and "05_sample.ipynb" in str(error.value)
+
+
+def test_a_page_outside_the_sidebar_fails_the_build(small, tmp_path):
+    notebook(tmp_path / "nbs" / "06_lost.ipynb", ["# Lost\n\n> Nobody finds it."])
+    with pytest.raises(make_site.SiteError, match="differ in 06_lost.ipynb"): small()
+
+
+def test_a_failed_build_leaves_the_old_site_and_foreign_folders_alone(tmp_path, monkeypatch):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "mine.txt").touch()
+    with pytest.raises(make_site.SiteError, match="not empty"): make_site.write_site(tmp_path, docs)
+    (docs / "search-index.js").touch()
+    def fail(site): raise make_site.SiteError("broken")
+    monkeypatch.setattr(make_site.Site, "__init__", lambda site, root, out: None)
+    monkeypatch.setattr(make_site.Site, "build", fail)
+    with pytest.raises(make_site.SiteError, match="broken"): make_site.write_site(tmp_path, docs)
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == ["docs", "mine.txt", "search-index.js"]
+
+
+# --- in a browser ------------------------------------------------------------------------------
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+def serve(folder):
+    "A server of `folder` on a free port of this machine."
+    handler = functools.partial(Quiet, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}/"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None: pytest.skip("no Chromium found: `make browser` installs it")
+    from playwright.sync_api import sync_playwright
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=quiet)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def look(browser):
+    "look(folder, width) serves a site and gives a page, its address, and a list of its complaints."
+    servers = []
+    def open_site(folder, width=1280):
+        server, address = serve(folder)
+        servers.append(server)
+        complaints, page = [], browser.new_page(viewport={"width": width, "height": 800})
+        page.set_default_timeout(10_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda m: m.type == "error" and complaints.append(m.text))
+        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+        page.on("response", lambda r: r.status >= 400 and complaints.append(f"{r.status}: {r.url}"))
+        page.on("request", lambda r: r.url.startswith((address, "data:"))
+                or complaints.append(f"leaves the site: {r.url}"))
+        return page, address, complaints
+    yield open_site
+    for server in servers: server.shutdown()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_page_shows_its_pictures_and_fits_the_screen(site, look, width):
+    page, address, complaints = look(site, width)
+    maths = 0
+    for path in sorted(site.rglob("*.html")):
+        name = path.relative_to(site).as_posix()
+        page.goto(address + name)
+        widths = page.eval_on_selector_all("img", "all => all.map(image => image.naturalWidth)")
+        assert all(widths), f"{name}: a picture is not shown"
+        wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        assert wide <= 0, f"{name} is {wide} px wider than a screen of {width} px"
+        maths += page.locator("math").count()
+    assert maths > 0 and not complaints
+
+
+def test_one_finds_ones_way(site, look):
+    page, address, complaints = look(site)
+    page.goto(address)
+    page.click(".sidebar >> text=Transformer-XL")
+    assert page.url.endswith("/transformer_xl.html")
+    here = page.locator(".sidebar [aria-current=page]").inner_text()
+    assert here == page.locator("h1").inner_text()
+    page.click(".neighbours .previous")
+    page.click(".neighbours .next")
+    assert page.url.endswith("/transformer_xl.html")
+    page.goto(address + "explanation/notation.html")
+    page.click(".bar .brand")
+    assert page.url.endswith("/index.html") and not complaints
+
+
+def test_search_finds_a_page(site, look):
+    page, address, complaints = look(site)
+    page.goto(address + "explanation/notation.html")
+    page.keyboard.press("/")
+    page.keyboard.type("load_memory")
+    page.wait_for_selector(".results a")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/memory.html#load_memory")
+    page.fill(".search input", "nosuchword")
+    page.wait_for_selector("text=Nothing found.")
+    assert not complaints
+
+
+def test_menu_on_a_narrow_screen(site, look):
+    page, address, complaints = look(site, width=390)
+    page.goto(address)
+    assert not page.locator(".sidebar").is_visible()
+    page.click(".menu")
+    page.click(".sidebar >> text=Transformer-XL")
+    assert page.url.endswith("/transformer_xl.html") and not complaints
+
+
+def test_tabs_and_folded_callouts_open(small, look):
+    page, address, complaints = look(small())
+    page.goto(address + "howto/sample.html")
+    assert page.locator("text=Loops.").is_visible()
+    page.click("role=tab >> text=At once")
+    assert page.locator("text=One product.").is_visible()
+    assert not page.locator("text=Loops.").is_visible()
+    assert not page.locator("text=Hidden text.").is_visible()
+    page.click("summary:has-text('Folded')")
+    assert page.locator("text=Hidden text.").is_visible()
+    assert page.locator("math").first.bounding_box()["height"] > 5 and not complaints
