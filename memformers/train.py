@@ -515,8 +515,9 @@ class Trainer(_Run):
         training = self.model.training
         self.model.train()
         try:
-            with (_requests_to_stop() as asked, tqdm(total=self.options.steps, initial=self.step,
-                                                     disable=hidden, unit="update") as bar):
+            with (_requests_to_stop() as asked,
+                  tqdm(total=self.options.steps, initial=self.step, disable=hidden, unit="update",
+                       mininterval=0.1 if sys.stderr.isatty() else 20) as bar):
                 self.interrupted = self._loop(asked, bar)
                 path = self.save()
         finally: self.model.train(training)
@@ -562,7 +563,8 @@ class Trainer(_Run):
         line = _summary(self.tally)
         self.accelerator.log(line | dict(lr=seen["lr"], grad_norm=seen["grad_norm"],
                                          tokens=self.tokens), step=self.step)
-        bar.set_postfix({k: f"{line[k]:.4g}" for k in ("bits", "tokens_per_second") if line[k]})
+        bar.set_postfix({k: f"{line[k]:.4g}" for k in ("bits", "tokens_per_second") if line[k]},
+                        refresh=False)
         self.tally = dict(_EMPTY)
 
 # %% ../nbs/13_train.ipynb #83e02407
