@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['Step', 'read_config', 'MemoryLM', 'init_weights', 'check_step', 'OpenSegment', 'Reader', 'filter_top_k',
-           'filter_top_p', 'filter_min_p', 'sample', 'evaluating', 'stream', 'generate']
+           'filter_top_p', 'filter_min_p', 'sample', 'evaluating', 'stream', 'generate', 'top_k', 'top_p',
+           'SegmentLoss', 'AutoregressiveWrapper']
 
 # %% ../nbs/12_model.ipynb #b3e93a8a
 import inspect
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -380,6 +383,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    keep: Callable | None = None, # a filter of your own, from logits to logits
     generator: torch.Generator | None = None,
 ) -> Tensor:                     # (b,) token ids
     "Draw a token for each row, after the filters that are set."
@@ -388,6 +392,7 @@ def sample(
     if top_k is not None: logits = filter_top_k(logits, top_k)
     if top_p is not None: logits = filter_top_p(logits, top_p)
     if min_p is not None: logits = filter_min_p(logits, min_p)
+    if keep is not None: logits = keep(logits)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 def _check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, **_):
@@ -398,15 +403,19 @@ def _check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, **_):
         if p is not None and not 0 <= p <= 1:
             raise ValueError(f"{name} must lie between 0 and 1; got {p}")
 
-# %% ../nbs/12_model.ipynb #122ef764
-@contextmanager
-def evaluating(model: nn.Module):
-    "Evaluation mode inside; afterwards each module is back in the mode that it was in."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try: yield model
-    finally:
-        for module, mode in modes: module.training = mode
+# %% ../nbs/12_model.ipynb #4042ea98
+class evaluating:
+    """`with evaluating(model):` evaluation mode inside; afterwards each module is back in the mode
+    that it was in. May be entered again and again, which does not look for the modules again."""
+    def __init__(self, model: nn.Module): self.model, self.modules = model, list(model.modules())
+
+    def __enter__(self):
+        self.training = [module for module in self.modules if module.training]
+        for module in self.training: module.training = False
+        return self.model
+
+    def __exit__(self, *_):
+        for module in self.training: module.training = True
 
 # %% ../nbs/12_model.ipynb #2a7f8196
 def stream(
@@ -433,7 +442,8 @@ def stream(
 @torch.no_grad()  # of a generator function: inside, and not for the caller between tokens
 def _tokens(model, prompt, length, mask, memory, stop_token, pad, sampling):
     "The loop of `stream`."
-    with evaluating(model):
+    quiet = evaluating(model)
+    with quiet:
         reader = Reader(model, len(prompt), memory)
         logits = reader.read(prompt, mask)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
@@ -444,7 +454,7 @@ def _tokens(model, prompt, length, mask, memory, stop_token, pad, sampling):
             ended = ended | (token == stop_token)
             if ended.all(): return
         if i < length - 1:
-            with evaluating(model): logits = reader.read(token[:, None])
+            with quiet: logits = reader.read(token[:, None])
 
 # %% ../nbs/12_model.ipynb #5debcb27
 def generate(
@@ -457,3 +467,138 @@ def generate(
     out = torch.stack(list(stream(model, prompt, length, **options)), dim=1) if length else \
         prompt.new_zeros(len(prompt) if prompt.ndim == 2 else 1, 0)
     return out[0] if prompt.ndim == 1 else out
+
+# %% ../nbs/12_model.ipynb #51633104
+def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
+    "Keep the likeliest `1 - thres` of the vocabulary, one token at least; the others get -inf."
+    return filter_top_k(logits, max(1, math.ceil((1 - thres) * logits.shape[-1])))
+
+def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
+    "Keep the nucleus of probability `thres`; the others get -inf."
+    return filter_top_p(logits, thres)
+
+# %% ../nbs/12_model.ipynb #386b57da
+@dataclass(frozen=True, eq=False)
+class SegmentLoss:
+    "The loss of a segment, or of several between two truncations; unpacks to `loss, aux_loss`."
+    loss: Tensor         # scalar: mean over the real labels of the segment; a part's share of it
+    aux_loss: Tensor     # scalar
+    is_last_batch: bool  # is this the last part of the batch?
+    memory: Any          # of this part after the segment, carried
+
+    def __iter__(self): return iter((self.loss, self.aux_loss))
+
+# %% ../nbs/12_model.ipynb #950b3f3e
+def _as_batch(x, mask, pad_value):
+    "Tensors (b, n) of tokens and mask, from a tensor, or from a list of sequences."
+    if not isinstance(x, Tensor):
+        rows = [torch.as_tensor(row) for row in x]
+        if not rows or any(row.ndim != 1 for row in rows):
+            raise ValueError("x must be a tensor (b, n), or a list of one or more 1-D sequences")
+        if mask is not None: raise ValueError("mask goes with a tensor; a list needs none")
+        x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_value)
+        lengths = torch.tensor([len(row) for row in rows], device=x.device)
+        return x, torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    if x.ndim == 1: x = x[None]
+    return x, None if mask is None else mask.view(-1, mask.shape[-1])
+
+def _real(x, mask, n, ignore_index):
+    "Which inputs are read and which labels count, (b, n) each, for a text of n + 1 tokens."
+    real = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    if real.dtype != torch.bool or real.shape[0] != len(x) or real.shape[1] not in (n, n + 1):
+        raise ValueError(f"mask must be bool of shape {(len(x), n + 1)}, as x, or {(len(x), n)}, "
+                         f"as its inputs; got {real.dtype} of shape {tuple(real.shape)}")
+    after = real[:, 1:] if real.shape[1] == n + 1 else F.pad(real[:, 1:], (0, 1), value=True)
+    read = real[:, :n] & (x[:, :n] != ignore_index)
+    return read, read & after & (x[:, 1:] != ignore_index)
+
+# %% ../nbs/12_model.ipynb #e745a6db
+class AutoregressiveWrapper(nn.Module):
+    "Trains on texts longer than a segment and generates, with any `MemoryLM`."
+    def __init__(
+        self,
+        net: MemoryLM,
+        ignore_index: int = -100, # tokens of this id are neither read nor predicted
+        pad_value: int = 0,       # what fills short rows; it is masked
+    ):
+        super().__init__()
+        self.net, self.ignore_index, self.pad_value = net, ignore_index, pad_value
+        self.seq_len = net.seq_len
+
+    def forward(
+        self,
+        x,                        # (b, n) tokens or a list of sequences; with a loss the last token
+                                  # of each row is a label only
+        mask: Tensor | None = None, # (b, n) or (b, n - 1) bool, True where a token is real
+        return_loss: bool = False,  # a `SegmentLoss` for each segment? Else a `Step` over the text
+        max_batch_size: int | None = None, # read at most so many rows at a time
+        truncate_every: int | None = None, # segments between two cuts of the graph, whose losses
+                                    # come as one sum; None: 1
+        memory=None,              # what stands before the text; it is not changed
+    ):
+        x, mask = _as_batch(x, mask, self.pad_value)
+        memory = self.net.init_memory(len(x)) if memory is None else clone(memory)
+        if not return_loss: return self._read(x, mask, memory)
+        for name, value in (("max_batch_size", max_batch_size), ("truncate_every", truncate_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more; got {value}")
+        if x.shape[1] < 2:
+            raise ValueError(f"x must have at least 2 tokens in a row for a loss; got {x.shape[1]}")
+        read, count = _real(x, mask, x.shape[1] - 1, self.ignore_index)
+        texts = x[:, :-1].masked_fill(~read, 0), x[:, 1:], read, count
+        return self._losses(texts, memory, max_batch_size or len(x), truncate_every or 1)
+
+    def _read(self, x, mask, memory):
+        "A `Step` over a text of any length."
+        logits, aux = [], 0
+        masks = [None] * len(x[0]) if mask is None else mask.split(self.seq_len, 1)
+        for tokens, there in zip(x.split(self.seq_len, 1), masks):
+            out = self.net.step(tokens, memory, there)
+            memory, aux = carry(out.memory), aux + out.aux_loss
+            logits.append(out.logits)
+        return Step(torch.cat(logits, 1), memory, aux / len(logits))
+
+    def _losses(self, texts, memory, rows, every):
+        "Walk over the text; between two cuts of the graph one part of the batch after the other."
+        b, n = texts[0].shape
+        parts = [torch.arange(b)[i:i + rows] for i in range(0, b, rows)]
+        memories = [select(memory, part) for part in parts]
+        for start in range(0, n, self.seq_len * every):
+            group = [t[:, start:start + self.seq_len * every].split(self.seq_len, 1) for t in texts]
+            for i, part in enumerate(parts):
+                loss, aux, memory = self._walk(zip(*group), part.to(texts[0].device), memories[i])
+                memories[i] = carry(memory)
+                yield SegmentLoss(loss, aux * (len(part) / b), i == len(parts) - 1, memories[i])
+
+    def _walk(self, segments, rows, memory):
+        "Losses of the segments between two cuts, for some rows, and the memory pending after them."
+        loss, aux, out = 0, 0, None
+        for tokens, labels, read, count in segments:
+            memory = memory if out is None else carry(out.memory, grad=True)
+            out = self.net.step(tokens[rows], memory, read[rows])
+            at = count[rows]
+            labels = labels[rows].masked_fill(~at, 0)
+            logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
+            nll = F.cross_entropy(logits.mT, labels, reduction="none")
+            loss = loss + (nll * at).sum() / count.sum().clamp(min=1)
+            aux = aux + out.aux_loss
+        return loss, aux, out.memory
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,          # (b, n) or (n,) token ids
+        seq_len: int,            # tokens to generate, at most
+        eos_token: int | None = None, # a row ends with this token
+        temperature: float = 1.0,
+        filter_logits_fn: Callable | None = top_k, # `top_k`, `top_p` or one of your own; None: none
+        filter_thres: float = 0.9, # of the filter
+        mask: Tensor | None = None,
+        memory=None,             # what stands before the prompt; it is not changed
+        **options,               # of `stream`
+    ) -> Tensor:                 # (b, k) or (k,) what follows, k = seq_len unless all rows ended
+        keep = None if filter_logits_fn is None else \
+            lambda logits: filter_logits_fn(logits, thres=filter_thres)
+        if mask is not None and mask.ndim == 1: mask = mask[None]
+        return generate(self.net, prompt, seq_len, mask=mask, memory=memory, stop_token=eos_token,
+                        pad=self.pad_value, temperature=temperature, keep=keep, **options)

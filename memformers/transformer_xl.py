@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .layers import (Attention, FeedForward, T5Positions, XLPositions, check_heads,
-                               check_memory_layers, distances, used_slots, visible)
+from .layers import (Attention, FeedForward, Place, T5Positions, XLPositions, behind,
+                               check_heads, check_memory_layers, distances, used_slots, visible)
 from .memory import carry, memory_state, push, shared, slots
 from .model import MemoryLM, Step, init_weights
 
@@ -52,13 +52,6 @@ class XLLayer(nn.Module):
         x = self.norm_attention(x)
         return self.norm_feed(x + self.feed_forward(x))
 
-# %% ../nbs/20_transformer_xl.ipynb #9c6484e4
-def _alone(k, v): return k, v
-
-def _behind(front):
-    "The context of a layer: the keys and values of the memory, then those of the segment."
-    return lambda k, v: (torch.cat([front[0], k], 2), torch.cat([front[1], v], 2))
-
 # %% ../nbs/20_transformer_xl.ipynb #b9235af1
 def _write(memory, written, mask):
     "Push what the memory layers have written, each (b, n, dim)."
@@ -75,45 +68,6 @@ class XLSegment:
     written: Tensor    # (b, memory layers, seq_len, dim) what the memory will be given
     length: Tensor     # (b,) tokens read, on the host
     projected: list = shared()  # of each layer: its positions
-
-# %% ../nbs/20_transformer_xl.ipynb #67ae5b5e
-class _Place:
-    "Where the next tokens of an open segment stand: at one place in all rows, or row by row."
-    def __init__(self, segment, tokens, mask, seq_len):
-        b, n = tokens.shape
-        self.n, self.before = n, segment.length
-        new = torch.full((b,), n) if mask is None else mask.sum(1).cpu()
-        self.after = self.before + new
-        if self.after.max() > seq_len:
-            raise ValueError(f"the open segment has room for {seq_len} tokens; with these a row "
-                             f"would have {int(self.after.max())}. Close it first.")
-        self.together = bool((new == n).all() and (self.before == self.before[0]).all())
-        self.row, self.i = (torch.arange(n)[None] < new[:, None]).nonzero(as_tuple=True)
-
-    def keys(self, front):
-        "How many keys are there, the new ones included."
-        return front + int(self.after.max())
-
-    def at(self, front):
-        "The place of the first new token in each row; None: all rows end with the new tokens."
-        return None if self.together else self.before + front
-
-    def store(self, room, new, front=0):
-        "Write `new` (b, …, n, d) into `room` (b, …, places, d) where the tokens stand."
-        if self.together:
-            first = front + int(self.before[0])
-            room[..., first:first + self.n, :] = new
-        else: room[self.row, ..., front + self.before[self.row] + self.i, :] = \
-            new[self.row, ..., self.i, :].to(room.dtype)
-
-    def context(self, segment, layer, front):
-        "The context of a layer: everything read so far, then the new tokens."
-        def context(k, v):
-            keys = self.keys(front)
-            for room, new in ((segment.keys[layer], k), (segment.values[layer], v)):
-                self.store(room, new, front)
-            return segment.keys[layer][..., :keys, :], segment.values[layer][..., :keys, :]
-        return context
 
 # %% ../nbs/20_transformer_xl.ipynb #de8adc8b
 class _InPieces:
@@ -138,14 +92,17 @@ class _InPieces:
     @torch.no_grad()
     def extend_segment(self, segment, tokens: Tensor, mask: Tensor | None = None):
         x, memory, n = self.embed(tokens), segment.memory, tokens.shape[1]
-        place, m, slot = _Place(segment, tokens, mask, self.seq_len), memory.mem.shape[2], 0
-        ok = {front: self._visible(memory, front, distances(n, place.keys(front), place.at(front),
+        place, m, slot = Place(n, segment.length, mask, self.seq_len), memory.mem.shape[2], 0
+        at = {front: None if place.first is not None else segment.length + front
+              for front in (0, m)}
+        ok = {front: self._visible(memory, front, distances(n, front + place.longest, at[front],
                                                             x.device)) for front in (0, m)}
         for number, layer in enumerate(self.layers, 1):
             front, before = m if number in self.memory_layers else 0, x
-            projected, at = segment.projected[number - 1], place.at(front)
-            if at is None: projected = projected[..., -place.keys(front):]
-            x = layer(x, place.context(segment, number - 1, front), ok[front], projected, at)
+            projected = segment.projected[number - 1]
+            if at[front] is None: projected = projected[..., -(front + place.longest):]
+            context = place.context(segment.keys[number - 1], segment.values[number - 1], front)
+            x = layer(x, context, ok[front], projected, at[front])
             if number in self.memory_layers:
                 place.store(segment.written[:, slot], x if self.enhanced_recurrence else before)
                 slot += 1
@@ -227,10 +184,9 @@ class TransformerXL(_InPieces, MemoryLM):
         table, written = self.layers[0].attention.positions.table(m + n, x.device), []
         for number, layer in enumerate(self.layers, 1):
             front, before = m if number in self.memory_layers else 0, x
-            context = _behind(layer.front(self._mem(memory, number)[:, total - m:])) if front \
-                else _alone
+            past = layer.front(self._mem(memory, number)[:, total - m:]) if front else None
             projected = layer.attention.positions.project(table[m - front:])
-            x = layer(x, context, ok[front], projected)
+            x = layer(x, behind(past), ok[front], projected)
             if number in self.memory_layers:
                 written.append(x if self.enhanced_recurrence else before)
         logits = self.to_logits(self.norm(x))

@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 
+from .compressive import CompressiveTransformer
 from .memory import nbytes
+from .memory_transformer_xl import MemoryTransformerXL
 from .model import MemoryLM, read_config
 from .transformer_xl import TransformerXL
 
 # %% ../nbs/30_zoo.ipynb #738925a4
-MODELS = {cls.__name__: cls for cls in (TransformerXL,)}
+MODELS = {cls.__name__: cls for cls in (TransformerXL, CompressiveTransformer,
+                                        MemoryTransformerXL)}
 
 @dataclass(frozen=True)
 class Preset:
@@ -36,6 +39,18 @@ PRESETS = {
     "transformer_xl_base": Preset(TransformerXL, dict(
         num_tokens=256, dim=512, depth=12, heads=8, seq_len=512, mem_len=512, attn_dropout=0.1,
         ff_dropout=0.1, attn_layer_dropout=0.1, emb_dropout=0.1), "enwik8 on a GPU (Dai et al.)"),
+    "compressive_tiny": Preset(CompressiveTransformer, dict(
+        num_tokens=256, dim=64, depth=2, heads=2, seq_len=64, mem_len=32, cmem_len=29),
+        "lessons and tests"),
+    "compressive_small": Preset(CompressiveTransformer, dict(
+        num_tokens=256, dim=128, depth=4, heads=4, seq_len=128, mem_len=128, cmem_len=125),
+        "minutes on two cores"),
+    "memory_transformer_xl_tiny": Preset(MemoryTransformerXL, dict(
+        num_tokens=256, dim=64, depth=2, heads=2, seq_len=64, mem_len=48, lmem_len=32,
+        gate_bias=2.0), "lessons and tests"),
+    "memory_transformer_xl_small": Preset(MemoryTransformerXL, dict(
+        num_tokens=256, dim=128, depth=4, heads=4, seq_len=128, mem_len=192, lmem_len=256,
+        gate_bias=2.0), "minutes on two cores"),
 }
 
 # %% ../nbs/30_zoo.ipynb #0b5079d2

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memformers import TransformerXL
+from memformers import CompressiveTransformer, MemoryTransformerXL, TransformerXL
 
 SIZES = dict(num_tokens=17, dim=12, depth=3, heads=3, seq_len=5)
 
@@ -35,6 +35,28 @@ MECHANISMS = [
     Mechanism("xl_enhanced", TransformerXL, dict(mem_len=6, enhanced_recurrence=True, clamp_len=4,
                                                  emb_dim=8, tie_embeddings=True)),
     Mechanism("xl_same_length", TransformerXL, dict(mem_len=6, same_length=True), splits=True),
+    Mechanism("compressive", CompressiveTransformer, dict(mem_len=5, cmem_len=4, cmem_ratio=2),
+              splits_with=dict(mem_len=40, enhanced_recurrence=False)),
+    Mechanism("compressive_3", CompressiveTransformer,
+              dict(mem_len=7, cmem_len=2, cmem_ratio=3, memory_layers=[1, 3],
+                   enhanced_recurrence=False, emb_dim=8, aux="autoencoding")),
+    Mechanism("compressive_4", CompressiveTransformer,
+              dict(mem_len=3, cmem_len=2, cmem_ratio=4, gru_gated_residual=False, ff_glu=True,
+                   compression="most_used")),
+    Mechanism("compressive_dilated", CompressiveTransformer,
+              dict(mem_len=5, cmem_len=3, cmem_ratio=3, compression="dilated", gate="brc")),
+    Mechanism("compressive_none", CompressiveTransformer,
+              dict(mem_len=0, cmem_len=3, cmem_ratio=2, compression="max", gate="nbrc")),
+    Mechanism("memory_xl", MemoryTransformerXL, dict(mem_len=7, lmem_len=4)),
+    Mechanism("memory_xl_options", MemoryTransformerXL,
+              dict(mem_len=3, lmem_len=2, memory_layers=[2, 3], num_mem_kv=2, one_kv_head=True,
+                   gate="gru", mem_write_iters=1, mem_attention="full", emb_dim=8)),
+    Mechanism("memory_xl_long_only", MemoryTransformerXL,
+              dict(mem_len=0, lmem_len=3, num_mem_kv=1, gate="brc", mem_write_iters=3, ff_glu=True)),
+    Mechanism("memory_xl_short_only", MemoryTransformerXL,
+              dict(mem_len=6, lmem_len=0, gru_gated_residual=False),
+              splits_with=dict(mem_len=40, lmem_len=0)),
+    Mechanism("memory_xl_heads", MemoryTransformerXL, dict(mem_len=5, lmem_len=3, mem_heads=2)),
 ]
 
 

@@ -1,0 +1,248 @@
+"""The Memory Transformer-XL as its users call it, and what the original package gets wrong."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memformers import MemoryTransformerXL, Reader, carry, generate
+from memformers.memory_transformer_xl import MemoryWriter, full_attention, linear_attention
+
+close = torch.testing.assert_close
+
+
+def small(**options):
+    torch.manual_seed(0)
+    sizes = dict(num_tokens=32, dim=16, depth=2, seq_len=8, heads=2, mem_len=8, lmem_len=4)
+    return MemoryTransformerXL(**(sizes | options))
+
+
+def text(rows=2, length=8, seed=1):
+    return torch.randint(32, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# calls
+
+def test_the_documented_call():
+    """The arguments of the users' README at their sizes, on shorter segments."""
+    model = MemoryTransformerXL(
+        num_tokens=20000, dim=1024, heads=8, depth=8, seq_len=1024, mem_len=256, lmem_len=256,
+        mem_write_iters=2, memory_layers=[6, 7, 8], num_mem_kv=128)
+    memories = None
+    with torch.no_grad():
+        for x in torch.randint(0, 20000, (2, 1, 32)): logits, memories = model(x, memories=memories)
+    short, long = memories
+    assert logits.shape == (1, 32, 20000) and short is memories.short and long is memories.long
+    assert short.shape == (1, 3, 256, 1024) and long.shape == (1, 256, 1024)
+
+
+def test_the_documented_loop_trains():
+    """`backward` after each segment: nothing is walked twice."""
+    model = small(emb_dim=8, mogrify_gru=True, ff_glu=True, num_mem_kv=3, one_kv_head=True,
+                  attn_dropout=0.1, ff_dropout=0.1, attn_layer_dropout=0.1)
+    optimizer, memories = torch.optim.Adam(model.parameters(), 1e-3), None
+    for s in range(5):
+        x = text(2, 9, seed=s)
+        logits, memories = model(x[:, :-1], memories=memories)
+        F.cross_entropy(logits.transpose(1, 2), x[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert memories.fill.tolist() == [8, 8] and memories.long_fill.tolist() == [4, 4]
+
+
+def test_defaults():
+    model = MemoryTransformerXL(32, 16, 8, 2, heads=2)
+    assert (model.mem_len, model.lmem_len, model.writer.iters) == (8, 8, 2)
+    assert model.memory_layers == (1, 2) and model.layers[0].mem_kv is None
+
+
+def test_every_option_changes_something():
+    sizes = {k: sum(p.numel() for p in small(**o).parameters()) for k, o in dict(
+        plain=dict(), mogrify=dict(mogrify_gru=True), glu=dict(ff_glu=True), emb=dict(emb_dim=4),
+        sums=dict(gru_gated_residual=False), brc=dict(gate="brc"), gru=dict(gate="gru"),
+        one=dict(memory_layers=[2]), shared=dict(one_kv_head=True), kv=dict(num_mem_kv=3),
+        slots=dict(lmem_len=5), tied=dict(tie_embeddings=True, emb_dim=4)).items()}
+    assert len(set(sizes.values())) == len(sizes)
+    memory = carry(small().step(text()).memory)
+    for options in (dict(mem_write_iters=1), dict(mem_attention="full"), dict(mem_heads=1)):
+        other = carry(small(**options).step(text()).memory)
+        assert torch.equal(other.short, memory.short) and not torch.equal(other.long, memory.long)
+
+
+# what the original gets wrong
+
+@pytest.mark.parametrize("attention", ["linear", "full"])
+def test_the_query_of_a_slot_changes_that_slot_alone(attention):
+    torch.manual_seed(0)
+    writer = MemoryWriter(16, 8, 2, heads=4, iters=1, attention=attention)
+    long, states = torch.randn(1, 8, 16), torch.randn(1, 2, 5, 16)
+    before = writer(long, states, None)
+    writer.slot.data[0] += 1
+    changed = (writer(long, states, None) != before).any(-1)[0]
+    assert changed.tolist() == [True] + 7 * [False]
+
+
+@pytest.mark.parametrize("attend", [linear_attention, full_attention])
+def test_heads_stay_heads(attend):
+    q, k, v = torch.randn(3, 2, 4, 6, 5).unbind()
+    whole, value = attend(q, k, v), v.clone()
+    value[:, 1] += 1
+    changed = (attend(q, k, value) - whole).abs().amax((0, 2, 3)) > 1e-6
+    assert changed.tolist() == [False, True, False, False]
+    close(attend(q[:, 2:3], k[:, 2:3], v[:, 2:3]), whole[:, 2:3])
+
+
+def test_linear_attention_by_hand():
+    q, k, v = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5, 2)
+    out = torch.zeros(3, 2)
+    for i in range(3):
+        for f in range(4):
+            over_positions = k[:, f].exp() / k[:, f].exp().sum()
+            out[i] += q[i].softmax(-1)[f] * sum(over_positions[j] * v[j] for j in range(5))
+    close(linear_attention(q[None, None], k[None, None], v[None, None])[0, 0], out)
+
+
+@pytest.mark.parametrize("mem_len", [0, 3, 8, 20])
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_written_after_every_segment_whatever_its_length(mem_len, n):
+    model, memory = small(mem_len=mem_len), None
+    for s in range(3):
+        before = None if memory is None else memory.long
+        memory = carry(model.step(text(2, n, seed=s), memory).memory)
+        assert memory.long_fill.tolist() == [4, 4]
+        assert before is None or not torch.equal(memory.long, before)
+
+
+def test_written_once_for_each_segment_of_a_generation():
+    model, writes = small(mem_len=3), []
+    model.writer.register_forward_hook(lambda *_: writes.append(1))
+    generate(model, text(1, 1), 8 * 3)   # 24 tokens are read: one and the 23 that are generated
+    assert len(writes) == 2
+    reader, tokens = Reader(model.eval(), 2), text(2, 20)
+    with torch.no_grad():
+        for t in tokens.split(1, 1): reader.read(t)
+        memory = None
+        for cut in tokens.split(8, 1): memory = carry(model.step(cut, memory).memory)
+    close(reader.memory.long, memory.long)
+
+
+@pytest.mark.parametrize("dim", [8, 16, 32])
+def test_a_distance_has_one_vector_whatever_the_width_and_the_slots(dim):
+    model, memory, seen = small(dim=dim, num_mem_kv=2, lmem_len=5), None, []
+    positions, forward = model.positions, model.positions.forward
+    d = dim // 2
+    ones = torch.ones(2, 2, 8, d)
+    known = positions.vectors.shape[-1]
+    positions.vectors.data.copy_(torch.arange(known - 1., -1, -1).expand(2, d, known))
+
+    def watch(q, keys):
+        seen.append(forward(ones, keys))
+        return forward(q, keys)
+
+    positions.forward = watch
+    for s in range(3): memory = carry(model.step(text(seed=s), memory).memory)
+    for i, bias in enumerate(seen):
+        slots, m = 7, 0 if i < 2 else 8      # bare slots; filled memory in the first segment: none
+        want = torch.arange(8)[:, None] - torch.arange(-m, 8)
+        own = bias[0, 0, :, slots:] * d ** .5 / d
+        close(own, want.float().masked_fill(want < 0, -torch.inf))
+        assert not bias[..., :slots].any()
+
+
+def test_only_the_kept_graph_trains_the_writer():
+    """By finite differences, through two later segments."""
+    model = small().double()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.3)
+    weight = model.writer.to_kv.weight
+
+    def loss(grad=True):
+        memory, total = None, 0
+        for s in range(3):
+            out = model.step(text(seed=s), memory)
+            memory, total = carry(out.memory, grad=grad), total + out.logits.square().mean()
+        return total
+
+    slope, = torch.autograd.grad(loss(), [weight])
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[3, 5] += sign * 1e-6
+            ends.append(loss())
+            weight[3, 5] -= sign * 1e-6
+    assert abs(slope[3, 5]) > 1e-6
+    close(slope[3, 5], (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-9)
+    assert torch.autograd.grad(loss(grad=False), [weight], allow_unused=True)[0] is None
+
+
+def test_detach_lmem_cuts_the_slots_and_only_them():
+    model, memory = small(detach_lmem=True), None
+    for s in range(2):
+        out = model.step(text(seed=s), memory)
+        memory = carry(out.memory, grad=True)
+    assert not memory.long.requires_grad and memory.short.requires_grad
+
+
+def graph_size(out):
+    nodes, seen = [out.logits.sum().grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen: continue
+        seen.add(node)
+        nodes += [n for n, _ in node.next_functions]
+    return len(seen)
+
+
+def test_truncation_keeps_the_graph_bounded():
+    model, sizes = small(), {1: [], 2: []}
+    for every, counts in sizes.items():
+        memory = None
+        for s in range(10):
+            out = model.step(text(seed=s), memory)
+            counts.append(graph_size(out))
+            memory = carry(out.memory, grad=(s + 1) % every != 0)
+    assert len(set(sizes[1][2:])) == 1 and max(sizes[2][4:]) == max(sizes[2][2:4])
+
+
+def test_the_short_term_memory_is_read_as_the_tokens_are():
+    """States of any scale: they meet the same norm as the tokens beside them."""
+    model = small()
+    memory = carry(model.step(text()).memory)
+    loud = type(memory)(memory.short * 1e3, memory.long, memory.fill, memory.long_fill)
+    quiet = type(memory)(memory.short * 1e2, memory.long, memory.fill, memory.long_fill)
+    close(*(model.step(text(seed=2), m).logits for m in (loud, quiet)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(dim=18, heads=3), dict(lmem_len=0), dict(memory_layers=[]),
+                                     dict(mem_len=0), dict(mem_len=0, lmem_len=0)], ids=str)
+def test_sizes_that_must_work(options):
+    model, memory = small(**options), None
+    for s in range(3): memory = carry(model.step(text(seed=s), memory).memory)
+    assert generate(model, text(2, 11), 3, temperature=0).shape == (2, 3)
+
+
+def test_a_pausing_row_is_not_written():
+    model = small()
+    memory = carry(model.step(text()).memory)
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1] = False
+    after = carry(model.step(text(seed=2), memory, mask).memory)
+    assert torch.equal(after.long[1], memory.long[1]) and not torch.equal(after.long[0], memory.long[0])
+
+
+# bad input
+
+@pytest.mark.parametrize("options, words", [
+    (dict(memory_layers=[3]), "memory_layers"), (dict(gate="lstm"), "gate"),
+    (dict(heads=3), "multiple of heads = 3"), (dict(mem_heads=3), "multiple of heads = 3"),
+    (dict(lmem_len=-1), "lmem_len"), (dict(num_mem_kv=-1), "num_mem_kv"), (dict(depth=0), "depth"),
+    (dict(mem_write_iters=0), "mem_write_iters"), (dict(mem_attention="none"), "mem_attention")],
+    ids=lambda x: str(x)[:40])
+def test_refuses_to_be_built(options, words):
+    with pytest.raises(ValueError, match=words): small(**options)
+
+
+def test_refuses_what_it_cannot_read():
+    model = small()
+    with pytest.raises(ValueError, match="seq_len = 8"): model(text(2, 9))
+    for other in (small(depth=3), small(dim=8), small(lmem_len=5)):
+        with pytest.raises(ValueError, match="memory of another model"):
+            model(text(), other.init_memory(2))
+    with pytest.raises(TypeError, match="LongShortMemory"): model(text(), torch.zeros(2))
