@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ByteTokenizer', 'Corpus', 'stdlib', 'text_files', 'enwik8', 'hugging_face', 'load_corpus', 'Segment', 'Stream',
            'DocumentStream', 'dots', 'RecallTask', 'copy_task', 'key_value_task', 'sentences', 'passkey_task',
-           'TaskStream']
+           'ProgramTask', 'program_task', 'TaskStream']
 
 # %% ../nbs/01_data.ipynb #ae0dd080
 import codecs
@@ -753,6 +753,55 @@ def passkey_task(
     settings = dict(digits=_at_least("digits", digits, 1), lead=_at_least("lead", lead, 0))
     return RecallTask(f"passkey(digits={digits}, lead={lead})", partial(_draw_passkey, **settings),
                       distance, chance=1 / 10, fill=sentences)
+
+# %% ../nbs/01_data.ipynb #bcaba42e
+def _draw_program(rng, variables, statements):
+    "A program as text, and the places of its answers."
+    names = "xyzuvwabcd"[:variables]
+    text = [f"{name}={rng.integers(10)};" for name in rng.permutation(list(names))]
+    state, answers = {line[0]: int(line[2]) for line in text}, []
+    while len(text) < statements:
+        name, kind, true = names[rng.integers(variables)], rng.random(), True
+        if len(text) == statements - 1 or kind < .3:
+            answers.append(4 * len(text) + 2)
+            text.append(f"{name}?{state[name]};")
+            continue
+        if kind < .4:
+            state[name] = int(rng.integers(10))
+            text.append(f"{name}={state[name]};")
+            continue
+        if kind > .8 and len(text) < statements - 2:
+            other, least = names[rng.integers(variables)], int(rng.integers(10))
+            text.append(f"{other}>{least}:")
+            true = state[other] > least
+        sign = rng.choice([1, -1])
+        text.append(f"{name}{'++' if sign > 0 else '--'};")
+        if true: state[name] = int(state[name] + sign) % 10
+    return "".join(text), answers
+
+# %% ../nbs/01_data.ipynb #952b64e0
+@dataclass(frozen=True, repr=False)
+class ProgramTask(RecallTask):
+    "A program whose printed values are the answers; `draw` gives the text and their places."
+    def __post_init__(self): _at_least("distance", self.distance, 6)
+
+    def episode(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        "One program, and where in it the answers stand."
+        text, answers = self.draw(rng, statements=(self.distance + 2) // 4)
+        tokens = np.frombuffer(text.encode("ascii"), np.uint8)
+        return tokens, np.isin(np.arange(len(tokens)), answers)
+
+def program_task(
+    variables: int = 3,    # 1 to 10
+    statements: int = 16,  # of four characters each, more than there are variables
+) -> ProgramTask:
+    "Say what the variables of a program hold while it runs."
+    if _at_least("variables", variables, 1) > 10:
+        raise ValueError(f"variables: expected at most 10, got {variables}")
+    statements = _at_least("statements", statements, variables + 1)
+    return ProgramTask(f"program(variables={variables})",
+                       partial(_draw_program, variables=variables), 4 * statements - 2,
+                       chance=1 / 10)
 
 # %% ../nbs/01_data.ipynb #959abbac
 class TaskStream(Stream):

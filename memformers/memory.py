@@ -62,7 +62,8 @@ def memory_state(cls):
     Every tensor that is not `shared` has the rows of the batch in dimension 0, and a fresh memory
     is all zeros.
     A class attribute `unpacks` names the fields that unpacking gives (default: all).
-    A memory that is more than tensors has `on_carry(grad)`, `on_reset(rows)`, `on_select(rows)`.
+    A memory that is more than tensors has `on_carry(grad)`, `on_reset(rows)`, `on_select(rows)`,
+    `on_shuffle(generator)`.
     """
     cls.__repr__, cls.__iter__ = _repr, _unpack
     cls = dataclass(frozen=True, eq=False, repr=False)(cls)
@@ -199,6 +200,7 @@ def shuffle(
     generator: torch.Generator | None = None,# on the host; None: the global one
 ):                                           # the same things in a random order, row by row
     "Permute the filled slots of each row; all layers of a row in the same way."
+    if hasattr(memory, "on_shuffle"): return memory.on_shuffle(generator)
     changed = {}
     for f in fields(memory):
         value = getattr(memory, f.name)

@@ -13,6 +13,8 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from .compressive import CompressiveTransformer
+from .feedback import FeedbackTransformer
+from .memorizing import MemorizingTransformer
 from .memory import nbytes
 from .memory_transformer_xl import MemoryTransformerXL
 from .model import MemoryLM, read_config
@@ -20,7 +22,8 @@ from .transformer_xl import TransformerXL
 
 # %% ../nbs/30_zoo.ipynb #738925a4
 MODELS = {cls.__name__: cls for cls in (TransformerXL, CompressiveTransformer,
-                                        MemoryTransformerXL)}
+                                        MemoryTransformerXL, FeedbackTransformer,
+                                        MemorizingTransformer)}
 
 @dataclass(frozen=True)
 class Preset:
@@ -51,6 +54,19 @@ PRESETS = {
     "memory_transformer_xl_small": Preset(MemoryTransformerXL, dict(
         num_tokens=256, dim=128, depth=4, heads=4, seq_len=128, mem_len=192, lmem_len=256,
         gate_bias=2.0), "minutes on two cores"),
+    "feedback_tiny": Preset(FeedbackTransformer, dict(
+        num_tokens=256, dim=64, depth=2, heads=2, dim_head=32, seq_len=1, mem_len=64,
+        segment_len=64, tol=1e-3), "lessons and tests"),
+    "feedback_small": Preset(FeedbackTransformer, dict(
+        num_tokens=256, dim=128, depth=4, heads=4, dim_head=32, seq_len=1, mem_len=256,
+        segment_len=128, tol=1e-3), "state tracking; slow to train"),
+    "memorizing_tiny": Preset(MemorizingTransformer, dict(
+        num_tokens=256, dim=64, depth=2, heads=2, dim_head=32, seq_len=64, memorizing_layers=[2],
+        max_knn_memories=512), "lessons and tests"),
+    "memorizing_small": Preset(MemorizingTransformer, dict(
+        num_tokens=256, dim=128, depth=4, heads=4, dim_head=32, seq_len=128,
+        memorizing_layers=[3], max_knn_memories=2048, xl_max_memories=128),
+        "minutes on two cores"),
 }
 
 # %% ../nbs/30_zoo.ipynb #0b5079d2

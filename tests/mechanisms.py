@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memformers import CompressiveTransformer, MemoryTransformerXL, TransformerXL
+from memformers import (CompressiveTransformer, FeedbackTransformer, MemorizingTransformer,
+                        MemoryTransformerXL, TransformerXL)
 
 SIZES = dict(num_tokens=17, dim=12, depth=3, heads=3, seq_len=5)
+N, KNN = SIZES["seq_len"], dict(dim_head=4, memorizing_layers=[2])
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Mechanism:
     splits: bool = False
     # Options under which it may, where it needs them (as enough memory).
     splits_with: dict | None = None
+    # Does a gradient pass through the memory: "full", in "part", or "none"?
+    gradient: str = "full"
 
     def make(self, **overrides):
         """The model in float64, with weights large enough that nothing hides in rounding."""
@@ -57,6 +61,43 @@ MECHANISMS = [
               dict(mem_len=6, lmem_len=0, gru_gated_residual=False),
               splits_with=dict(mem_len=40, lmem_len=0)),
     Mechanism("memory_xl_heads", MemoryTransformerXL, dict(mem_len=5, lmem_len=3, mem_heads=2)),
+    Mechanism("feedback_1", FeedbackTransformer,
+              dict(seq_len=1, mem_len=7, dim_head=4, segment_len=5, tol=0, block_len=4), splits=True),
+    Mechanism("feedback_2", FeedbackTransformer,
+              dict(seq_len=2, mem_len=7, dim_head=4, positions="learned", gradient="unrolled",
+                   tol=0), splits=True),
+    Mechanism("feedback_5", FeedbackTransformer,
+              dict(seq_len=5, mem_len=6, dim_head=4, tol=0, emb_dim=8, tie_embeddings=True),
+              splits=True),
+    Mechanism("feedback_1_sequential", FeedbackTransformer,
+              dict(seq_len=1, mem_len=7, dim_head=4, solver="sequential", gradient="unrolled",
+                   positions="learned"), splits=True),
+    Mechanism("feedback_2_sequential", FeedbackTransformer,
+              dict(seq_len=2, mem_len=3, dim_head=4, solver="sequential", tol=0,
+                   keep_last_hidden=True), splits=True),
+    Mechanism("feedback_5_sequential", FeedbackTransformer,
+              dict(seq_len=5, mem_len=6, dim_head=4, solver="sequential", gradient="unrolled"),
+              splits=True),
+    Mechanism("knn_small", MemorizingTransformer, KNN | dict(
+              max_knn_memories=3, num_retrieved_memories=2), gradient="none"),
+    Mechanism("knn_equal", MemorizingTransformer, KNN | dict(
+              max_knn_memories=N, memorizing_layers=[1, 3], shift_knn_memories_down=1,
+              gate="sigmoid", normalize_all=True, knn_attn_heads=2), gradient="none"),
+    Mechanism("knn_large", MemorizingTransformer, KNN | dict(
+              max_knn_memories=40, gate="network", num_retrieved_memories=7, ff_glu=True, emb_dim=8,
+              tie_embeddings=True), gradient="none"),
+    Mechanism("knn_whole", MemorizingTransformer, KNN | dict(
+              memorizing_layers=[1, 2, 3], max_knn_memories=40, num_retrieved_memories=None,
+              knn_position_bias=False), splits=True, gradient="none"),
+    Mechanism("knn_all_found", MemorizingTransformer, KNN | dict(
+              memorizing_layers=[1, 2, 3], max_knn_memories=40, num_retrieved_memories=30,
+              knn_position_bias=False), splits=True, gradient="none"),
+    Mechanism("knn_xl", MemorizingTransformer, KNN | dict(max_knn_memories=6, xl_max_memories=7,
+              memorizing_layers=[2], num_retrieved_memories=4), gradient="part"),
+    Mechanism("knn_xl_some", MemorizingTransformer, KNN | dict(
+              max_knn_memories=4, xl_max_memories=3, memorizing_layers=[1, 2],
+              xl_memory_layers=[2, 3], shift_xl_memories_down=1, num_retrieved_memories=3,
+              gate="network", clear_memories_on_sos_token_id=9), gradient="part"),
 ]
 
 

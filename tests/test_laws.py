@@ -100,8 +100,9 @@ def test_a_step_is_pure(mechanism):
     memory = read(model, text(3, 2 * N))[1]
     before = clone(memory)
     a, b = model.step(text(seed=2), memory), model.step(text(seed=2), memory)
-    assert torch.equal(a.logits, b.logits) and same(carry(clone(a.memory)), carry(b.memory))
-    assert same(memory, before)
+    assert torch.equal(a.logits, b.logits) and same(memory, before)
+    # Only now: a carry may write into the store that the memory before it holds.
+    assert same(carry(clone(a.memory)), carry(b.memory))
     assert not set(dict(model.named_buffers())), "a memory lives in no buffer"
 
 
@@ -266,7 +267,8 @@ def test_the_graph_can_be_kept(mechanism):
     second = model.step(text(seed=2), carry(first.memory, grad=True))
     handle.remove()
     second.logits.square().sum().backward()
-    assert hidden[0].grad is not None and hidden[0].grad[:, -1].abs().min() > 0
+    if mechanism.gradient == "none": assert hidden[0].grad is None and hidden[1].grad.any()
+    else: assert hidden[0].grad is not None and hidden[0].grad[:, -1].abs().min() > 0
 
 
 # 7. files
@@ -319,9 +321,13 @@ def test_gradients_equal_finite_differences(mechanism):
     """Through three segments and the memory between them, along random directions."""
     model = mechanism.make()
     params = [p for p in model.parameters()]
+    tokens, memory = text(2, 3 * N), None
+    if mechanism.gradient != "full":
+        # What a store holds is a constant to the gradient: differences must not change it.
+        memory, tokens = read(model, tokens[:, :2 * N])[1], tokens[:, 2 * N:]
 
     def loss():
-        logits, _ = read(model, text(2, 3 * N), grad=True)
+        logits, _ = read(model, tokens, memory, grad=True)
         return logits.log_softmax(-1)[..., 3].mean()
 
     grads = torch.autograd.grad(loss(), params, allow_unused=True)
@@ -427,6 +433,8 @@ def test_shuffling_keeps_what_is_remembered(mechanism):
             if "slots" in f.metadata:
                 x, y = (v.movedim(f.metadata["slots"], 1).flatten(2).sum(-1).sort(1).values
                         for v in (x, y))
+            elif hasattr(a, "on_shuffle"):   # a store knows for itself where its slots are
+                x, y = (v.flatten(1).sort(1).values for v in (x, y))
             if isinstance(x, torch.Tensor): close(x, y)
     assert torch.isfinite(model.step(text(seed=4), mixed).logits).all()
     tree_map(lambda x, y: None, memory, mixed)
