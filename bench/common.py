@@ -50,12 +50,13 @@ def table(title: str, ms: dict, reference: str, unit: str = "ms") -> dict:
 
 def peak_mb(script: str) -> float:
     """Peak resident memory in MB of a Python script in a process of its own."""
-    code = script + ("\nimport resource\n"
-                     "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n")
+    # Not ru_maxrss: a child process begins with its parent's.
+    code = script + ("\nprint(next(line.split()[1] for line in open('/proc/self/status')"
+                     " if line.startswith('VmHWM')))\n")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
                          check=True)
-    return float(out.stdout.strip().splitlines()[-1])
+    return float(out.stdout.strip().splitlines()[-1]) / 1024
 
 
 def save(name: str, tables: list):

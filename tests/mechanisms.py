@@ -9,6 +9,7 @@ from memformers import (CompressiveTransformer, FeedbackTransformer, MemorizingT
 
 SIZES = dict(num_tokens=17, dim=12, depth=3, heads=3, seq_len=5)
 N, KNN = SIZES["seq_len"], dict(dim_head=4, memorizing_layers=[2])
+FEEDBACK = dict(dim_head=4, segment_len=N)   # its seq_len is the window inside a segment
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,20 @@ MECHANISMS = [
               dict(mem_len=6, lmem_len=0, gru_gated_residual=False),
               splits_with=dict(mem_len=40, lmem_len=0)),
     Mechanism("memory_xl_heads", MemoryTransformerXL, dict(mem_len=5, lmem_len=3, mem_heads=2)),
-    Mechanism("feedback_1", FeedbackTransformer,
-              dict(seq_len=1, mem_len=7, dim_head=4, segment_len=5, tol=0, block_len=4), splits=True),
-    Mechanism("feedback_2", FeedbackTransformer,
-              dict(seq_len=2, mem_len=7, dim_head=4, positions="learned", gradient="unrolled",
-                   tol=0), splits=True),
-    Mechanism("feedback_5", FeedbackTransformer,
-              dict(seq_len=5, mem_len=6, dim_head=4, tol=0, emb_dim=8, tie_embeddings=True),
+    Mechanism("feedback_1", FeedbackTransformer, FEEDBACK | dict(
+              seq_len=1, mem_len=7, tol=0, block_len=4), splits=True),
+    Mechanism("feedback_2", FeedbackTransformer, FEEDBACK | dict(
+              seq_len=2, mem_len=7, positions="learned", gradient="unrolled", tol=0), splits=True),
+    Mechanism("feedback_5", FeedbackTransformer, FEEDBACK | dict(
+              seq_len=5, mem_len=6, tol=0, emb_dim=8, tie_embeddings=True), splits=True),
+    Mechanism("feedback_1_sequential", FeedbackTransformer, FEEDBACK | dict(
+              seq_len=1, mem_len=7, solver="sequential", gradient="unrolled",
+              positions="learned"), splits=True),
+    Mechanism("feedback_2_sequential", FeedbackTransformer, FEEDBACK | dict(
+              seq_len=2, mem_len=3, solver="sequential", tol=0, keep_last_hidden=True),
               splits=True),
-    Mechanism("feedback_1_sequential", FeedbackTransformer,
-              dict(seq_len=1, mem_len=7, dim_head=4, solver="sequential", gradient="unrolled",
-                   positions="learned"), splits=True),
-    Mechanism("feedback_2_sequential", FeedbackTransformer,
-              dict(seq_len=2, mem_len=3, dim_head=4, solver="sequential", tol=0,
-                   keep_last_hidden=True), splits=True),
-    Mechanism("feedback_5_sequential", FeedbackTransformer,
-              dict(seq_len=5, mem_len=6, dim_head=4, solver="sequential", gradient="unrolled"),
-              splits=True),
+    Mechanism("feedback_5_sequential", FeedbackTransformer, FEEDBACK | dict(
+              seq_len=5, mem_len=6, solver="sequential", gradient="unrolled"), splits=True),
     Mechanism("knn_small", MemorizingTransformer, KNN | dict(
               max_knn_memories=3, num_retrieved_memories=2), gradient="none"),
     Mechanism("knn_equal", MemorizingTransformer, KNN | dict(
