@@ -39,13 +39,21 @@ def interleaved(cases: dict, rounds: int = 7) -> dict:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def markdown(table: dict) -> str:
+    """A table as text."""
+    rows = table["rows"]
+    unit = next(iter(next(iter(rows.values()))))
+    lines = [f"### {table['title']}", "", f"| | {unit} | ratio |", "|---|--:|--:|"]
+    return "\n".join([*lines, *(f"| {k} | {r[unit]} | {r['ratio']} |" for k, r in rows.items())])
+
+
 def table(title: str, ms: dict, reference: str, unit: str = "ms") -> dict:
     """Print a markdown table with ratios to the reference; return its rows."""
-    print(f"\n### {title}\n\n| | {unit} | ratio |\n|---|--:|--:|")
     rows = {name: {unit: round(t, 3), "ratio": round(t / ms[reference], 3)}
             for name, t in ms.items()}
-    for name, row in rows.items(): print(f"| {name} | {row[unit]} | {row['ratio']} |")
-    return {"title": title, "reference": reference, "rows": rows}
+    made = {"title": title, "reference": reference, "rows": rows}
+    print("\n" + markdown(made))
+    return made
 
 
 def peak_mb(script: str) -> float:
@@ -60,7 +68,11 @@ def peak_mb(script: str) -> float:
 
 
 def save(name: str, tables: list):
-    """Write the tables and the machine to `results/NAME.json`."""
+    """Write the tables and the machine to `results/NAME.json`, and to `results/NAME.md` to read."""
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"machine": machine(), "tables": tables}, indent=2) + "\n"
+    where = machine()
+    text = json.dumps({"machine": where, "tables": tables}, indent=2) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    head = f"# {name}\n\n" + ", ".join(f"{k}: {v}" for k, v in where.items() if v is not None)
+    text = "\n\n".join([head, *map(markdown, tables)]) + "\n"
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
