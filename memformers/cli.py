@@ -105,8 +105,6 @@ def _find_model(folder: str, cpu: bool) -> MemoryLM:
     for place in (run / "model", latest_checkpoint(run) if run.is_dir() else None, run):
         if place is not None and (place / "config.json").is_file():
             return load_model(place, map_location=_device(cpu))
-        if place is not None and (place / "model" / "config.json").is_file():
-            return load_model(place / "model", map_location=_device(cpu))
     return load_model(folder, map_location=_device(cpu))
 
 # %% ../nbs/31_cli.ipynb #1774147a
