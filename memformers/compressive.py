@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .layers import (GatedLayer, KeyPlaces, LearnedPositions, Place, behind, check_heads,
                                check_memory_layers, same_in_all, used_slots)
 from .memory import carry, filled, memory_state, push, slots
-from .model import MemoryLM, Step, init_weights
+from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
 
 # %% ../nbs/21_compressive.ipynb #d148408b
 @memory_state
@@ -399,6 +399,21 @@ class CompressiveTransformer(_InPieces, MemoryLM):
             torch.arange(made[0].shape[1], device=go.device) < (go // ratio)[:, None]
         cmem, cfill = push(memory.cmem, memory.cfill, torch.stack(made, 1), groups)
         return CompressiveMemory(mem, cmem, fill, cfill), aux
+
+    def look(self, tokens: Tensor, memory: CompressiveMemory) -> list[LayerAttention]:
+        c, n, ratio = used_slots(memory.cfill, self.cmem_len), tokens.shape[1], self.cmem_ratio
+        ahead = self.compress[0].ahead if self.compress else 0
+        called, seen = calls(self.layers, lambda: self.read(tokens, memory, None)), []
+        # Tokens from a query back to the newest that the newest compressed slot stands for.
+        first = torch.arange(1, n + 1, device=tokens.device)[:, None] + memory.fill[:, None, None]
+        far = first - ahead + ratio * torch.arange(c - 1, -1, -1, device=tokens.device)
+        for number, (_, (_, _, weights)) in enumerate(called, 1):
+            slots = 0 if self.slot(number) is None else c
+            line = in_line(number, weights[..., slots:], "xl")
+            age = torch.cat([far[..., :slots], line.age[0].expand(len(tokens), -1, -1)], -1)
+            seen.append(LayerAttention(number, weights, ["compressed"] * slots + line.kinds,
+                                       age[:, None], [ratio + ahead] * slots + line.span))
+        return seen
 
     def aux_loss(self, queries, out, made, usage, go, length):
         "What the compression loses, averaged over the memory layers; its gradient stays there (6)."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FeedbackMemory', 'window_offset', 'remembered', 'in_window', 'LearnedPositions', 'attend', 'FeedbackLayer', 'Front',
            'Read', 'Block', 'FeedbackStack', 'append', 'open_block', 'Report', 'solve_sequential', 'settled_after',
-           'solve_parallel', 'one_pass', 'write', 'FeedbackSegment', 'FeedbackTransformer']
+           'solve_parallel', 'one_pass', 'write', 'FeedbackSegment', 'attention_to_entries', 'FeedbackTransformer']
 
 # %% ../nbs/23_feedback.ipynb #8d075b79
 import warnings
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .layers import FeedForward, T5Positions, distances, relative_shift, used_slots
 from .memory import carry, filled, memory_state, push, shared, slots
-from .model import MemoryLM, Step, init_weights
+from .model import LayerAttention, MemoryLM, Step, init_weights
 
 # %% ../nbs/23_feedback.ipynb #b2c411b6
 @memory_state
@@ -591,6 +591,47 @@ def _read_token(stack, segment, x):
         room[:, :, place.at] = new[:, :, 0]
     return x
 
+# %% ../nbs/23_feedback.ipynb #8a75d43b
+def _block_weights(stack, block, entries):
+    "Attention weights of each layer at the solution of a block: (b, heads, n, keys)."
+    front = Front(*append(block.front[:2], stack.keys_values(entries)), block.front.window)
+    x, n, found = block.x, block.x.shape[1], []
+    for i, layer in enumerate(stack.layers):
+        bias, look = stack._bias(block, 0, n, front, i)[0], []
+        def keep(q, h):
+            k, where = front.k, bias
+            if block.projected is not None: where = where + stack._learned(block, q, front, n)
+            if stack.seq_len > 1:
+                before = stack.layers[i].norm_attention(front.window[:, i])
+                k = torch.cat([k, stack.split(torch.cat([before, h], 1))[0]], 2)
+            look.append((q @ k.mT * q.shape[-1] ** -0.5 + where).softmax(-1))
+            return stack._look(block, front, i, bias, None, n)(q, h)
+        x = layer(x, keep)
+        found += look
+    return found
+
+def attention_to_entries(model, tokens: Tensor, memory: FeedbackMemory) -> list[LayerAttention]:
+    "How each token attends to the entries, its own segment's included, and to its window."
+    n, w, parts, at = tokens.shape[1], model.window_len, [], 0
+    m = used_slots(memory.fill, memory.mem.shape[1])
+    for x in model.embed(tokens).split(model.block_len, 1):
+        block, end = open_block(model.stack, x, memory, x), at + x.shape[1]
+        read, blank = model.find(block), int(w == 1)
+        c = block.front.k.shape[2] - blank
+        def place(weights):
+            "The keys of a block where they stand among all of their kind."
+            entries, own = weights[..., blank:].tensor_split([c + x.shape[1]], -1)
+            entries = F.pad(entries, (m + at - c, n - end))
+            return entries if w == 1 else torch.cat([entries, F.pad(own, (at, n - end))], -1)
+        parts.append([place(t) for t in _block_weights(model.stack, block, read.entries)])
+        memory, at = write(memory, read, None, w), end
+    kinds, age = ["long_term"] * (m + n), distances(n, m + n, device=tokens.device)
+    if w > 1:
+        kinds += ["xl"] * (w - 1) + ["segment"] * n
+        age = torch.cat([age, distances(n, w - 1 + n, device=tokens.device)], -1)
+    return [LayerAttention(i, torch.cat(weights, 2), kinds, age[None, None], [1] * len(kinds))
+            for i, weights in enumerate(zip(*parts), 1)]
+
 # %% ../nbs/23_feedback.ipynb #03076177
 class FeedbackTransformer(MemoryLM):
     "A decoder whose layers all read one memory of all layers' outputs (Fan et al. 2020)."
@@ -666,6 +707,9 @@ class FeedbackTransformer(MemoryLM):
             self.report = Report(tokens=block.x.shape[1])
             reads = solve_sequential(self.stack, block)
         return _join(reads)
+
+    def look(self, tokens: Tensor, memory: FeedbackMemory) -> list[LayerAttention]:
+        return attention_to_entries(self, tokens, memory)
 
     def forward(self, x: Tensor, memory: FeedbackMemory | None = None, return_memory: bool = False,
                 mask: Tensor | None = None):

@@ -203,6 +203,11 @@ class Attention(nn.Module):
                                              dropout_p=self.dropout if self.training else 0.0)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
+    def weights(self, q, k, ok, projected, at=None) -> Tensor:
+        "The weights of `attend`, which its kernel keeps to itself: (b, heads, n, keys)."
+        bias = self.positions(q, projected, k.shape[-2], at).masked_fill(~ok, -torch.inf)
+        return (self.positions.content(q) @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
+
 # %% ../nbs/10_layers.ipynb #b7ec1d27
 class FeedForward(nn.Module):
     "Two-layer perceptron over each token, GELU or gated GELU."

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .knn import KNNMemoryList, KNNStore
 from .layers import FeedForward, T5Positions, distances, used_slots, visible
 from .memory import batch_size, carry, filled, memory_state, push, reset, slots
-from .model import MemoryLM, Step, init_weights
+from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
 
 # %% ../nbs/24_memorizing.ipynb #5a5893ee
 class _Scores(torch.autograd.Function):
@@ -125,6 +125,12 @@ class MultiQueryAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0)
         return self.merge(out)
 
+    def weights(self, q: Tensor, kv: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Of the memories retrieved, and of the window's keys, (b, h, n, ·); ages of the former."
+        q, k, _ = self.unit(q, kv)
+        near = (q @ k.to(q.dtype).mT + bias).softmax(-1)
+        return near[..., :0], near, near[..., :0].long()
+
 def unit(t: Tensor) -> Tensor:
     "Vectors of length 1."
     return F.normalize(t, dim=-1, eps=torch.finfo(t.dtype).tiny ** 0.5)
@@ -164,11 +170,19 @@ class KNNAttention(MultiQueryAttention):
         q, k, v = self.unit(q, kv)
         # k, v: (b, 1, keys, d)
         local = q @ k.to(q.dtype).mT + bias
-        if store is None or used_slots(store.fill, store.capacity) == 0:
-            out = self._weights(local).to(v.dtype) @ v
-        else: out = self._both(q, local, v, store, sees, gap)
+        if _is_empty(store): out = self._weights(local).to(v.dtype) @ v
+        else:
+            far, near, _, read = self._shares(q, local, store, sees, gap)
+            out = read(far) + near.to(v.dtype) @ v                                # (2), (3)
         out = self.merge(out.to(v.dtype))
         return out if self.output_gate is None else out * self.output_gate.tanh()
+
+    def weights(self, q, kv, bias, store=None, sees=None, gap=None):
+        "As `MultiQueryAttention.weights`; the arguments are those of `attend`."
+        if _is_empty(store): return super().weights(q, kv, bias)
+        q, k, _ = self.unit(q, kv)
+        far, near, where, _ = self._shares(q, q @ k.to(q.dtype).mT + bias, store, sees, gap)
+        return far, near, store.ages(where) + gap[:, None, :, None]
 
     def _weights(self, scores):
         return F.dropout(scores.softmax(-1), self.dropout, self.training)
@@ -187,16 +201,15 @@ class KNNAttention(MultiQueryAttention):
         if knn_memory is not None and add_knn_memory: knn_memory.add(to_memory(kv))
         return out
 
-    def _both(self, q, local, v, store, sees, gap):
-        "Out of the segment and out of the memory, mixed."
+    def _shares(self, q, local, store, sees, gap):
+        "Weights of retrieved memories and of the window's keys; their slots, and how to read them."
         scores, found, where, read = whole_memory(q, store) if self.num_retrieved_memories is None \
             else retrieve(q, store, self.num_retrieved_memories)
         if sees is not None: found = found & sees[:, None, :, None]
         if self.gate == "softmax":
             scores = scores.masked_fill(~found, -torch.inf)
             weights = self._weights(torch.cat([scores, local], -1))
-            far, near = weights.split([scores.shape[-1], local.shape[-1]], -1)
-            return read(far) + near.to(v.dtype) @ v
+            return *weights.split([scores.shape[-1], local.shape[-1]], -1), where, read
         any_found = found.any(-1, keepdim=True)
         scores = scores.masked_fill(~found, torch.finfo(scores.dtype).min)
         far = self._weights(scores) * any_found
@@ -204,7 +217,9 @@ class KNNAttention(MultiQueryAttention):
         if self.gate == "network":
             g = g + self.gate_network(_gate_inputs(store, where, found, gap, g.dtype))
         g = g.sigmoid() * any_found
-        return g * read(far) + (1 - g) * (self._weights(local).to(v.dtype) @ v)
+        return g * far, (1 - g) * self._weights(local), where, read
+
+def _is_empty(store): return store is None or used_slots(store.fill, store.capacity) == 0
 
 def _gate_inputs(store, where, found, gap, dtype):
     "How many memories were retrieved, how old the newest is, how old they are: (b, h, n, 3)."
@@ -409,6 +424,18 @@ class MemorizingTransformer(MemoryLM):
             real = docs == following[:, None]
             if mask is not None: real = real & mask
         return Step(logits, self._written(memory, written, real, following), self.no_aux_loss())
+
+    def look(self, tokens: Tensor, memory: MemorizingMemory) -> list[LayerAttention]:
+        seen = []
+        called = calls(self.layers, lambda: self.read(tokens, memory, None))
+        for number, (layer, (args, _)) in enumerate(zip(self.layers, called), 1):
+            far, near, age = layer.attention.weights(*args[1:])
+            window = in_line(number, near, "xl")
+            ages = torch.cat([age, window.age.expand(*age.shape[:3], -1)], -1)
+            k = far.shape[-1]
+            seen.append(LayerAttention(number, torch.cat([far, near], -1), ["retrieved"] * k
+                                       + window.kinds, ages, [1] * k + window.span))
+        return seen
 
     def _documents(self, tokens, mask):
         "As `document_of`, or nothing where no token clears the memory."

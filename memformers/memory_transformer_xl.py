@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .layers import (GatedLayer, KeyPlaces, LearnedPositions, Place, Residual, behind,
                                check_heads, check_memory_layers, distances, same_in_all, used_slots)
 from .memory import carry, filled, memory_state, push, slots
-from .model import MemoryLM, Step, init_weights
+from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #a2ac3400
 @memory_state
@@ -257,6 +257,13 @@ class MemoryTransformerXL(_InPieces, MemoryLM):
         logits = self.to_logits(self.norm(x))
         if written: memory = self.write(memory, torch.stack(written, 1), mask)
         return Step(logits, memory, self.no_aux_loss())
+
+    def look(self, tokens: Tensor, memory: LongShortMemory) -> list[LayerAttention]:
+        called = calls(self.layers, lambda: self.read(tokens, memory, None))
+        bare = lambda number: [""] * self.num_mem_kv + \
+            ["long_term"] * (0 if self.slot(number) is None else self.lmem_len)
+        return [in_line(number, weights, "xl", bare(number))
+                for number, (_, (_, _, weights)) in enumerate(called, 1)]
 
     def write(self, memory: LongShortMemory, new: Tensor, mask: Tensor | None) -> LongShortMemory:
         "The memory after `new` states (b, memory layers, n, dim), `mask` (b, n) of them real."

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Step', 'read_config', 'MemoryLM', 'init_weights', 'check_step', 'OpenSegment', 'Reader', 'filter_top_k',
-           'filter_top_p', 'filter_min_p', 'sample', 'evaluating', 'stream', 'generate', 'top_k', 'top_p',
-           'SegmentLoss', 'AutoregressiveWrapper']
+           'filter_top_p', 'filter_min_p', 'sample', 'evaluating', 'stream', 'generate', 'LayerAttention', 'in_line',
+           'calls', 'top_k', 'top_p', 'SegmentLoss', 'AutoregressiveWrapper']
 
 # %% ../nbs/12_model.ipynb #b3e93a8a
 import inspect
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .layers import distances
 from .memory import (batch_size, carry, clone, memory_state, put, select, slots,
                                whole_file)
 
@@ -186,6 +187,18 @@ class MemoryLM(nn.Module, _Files, ABC):
         out = self.read(tokens, memory, mask.gather(1, order))
         back = order.argsort(1)[..., None].expand_as(out.logits)
         return out._replace(logits=out.logits.gather(1, back))
+
+    @torch.no_grad()
+    def attention_weights(self, tokens: Tensor, memory=None) -> list["LayerAttention"]:
+        "How each token of a segment (b, n) attends in each layer, to the memory and the segment."
+        check_step(self, tokens, memory, None)
+        if memory is None: memory = self.init_memory(len(tokens))
+        with evaluating(self): return self.look(tokens, memory)
+
+    def look(self, tokens: Tensor, memory) -> list["LayerAttention"]:
+        "The mechanism's part of `attention_weights`; `tokens` are checked, `memory` is not None."
+        raise NotImplementedError(f"{type(self).__name__} does not say what it attends to; a "
+                                  "mechanism that attends to its memory implements `look`")
 
     def open_segment(self, memory):
         "Begin a segment that will be read in pieces, from a carried memory. See `extend_segment`."
@@ -467,6 +480,42 @@ def generate(
     out = torch.stack(list(stream(model, prompt, length, **options)), dim=1) if length else \
         prompt.new_zeros(len(prompt) if prompt.ndim == 2 else 1, 0)
     return out[0] if prompt.ndim == 1 else out
+
+# %% ../nbs/12_model.ipynb #d8e6cf6e
+class LayerAttention(NamedTuple):
+    "How the n tokens of a segment attend in one layer."
+    layer: int       # from 1, next to the embedding
+    weights: Tensor  # (b, heads, n, keys), of each query 1 in all
+    kinds: list[str] # (keys,) "segment", the kind of a memory as in the palette, or "" for others
+    age: Tensor      # (1 or b, 1 or heads, n, keys) tokens from a query back to the newest token
+                     # that the key stands for
+    span: list[int]  # (keys,) how many tokens it stands for; 0: none in particular
+
+# %% ../nbs/12_model.ipynb #88423eac
+def in_line(
+    layer: int,      # from 1
+    weights: Tensor, # (b, heads, n, keys)
+    kind: str,       # of the memories
+    front=(),        # kinds of keys in front of all that stand for no particular tokens
+) -> LayerAttention:
+    "Keys that follow one another, a token each: those of the memory, then the segment's."
+    n, keys, bare = *weights.shape[-2:], len(front)
+    kinds = [*front, *[kind] * (keys - n - bare), *["segment"] * n]
+    age = distances(n, keys, device=weights.device)[None, None]
+    return LayerAttention(layer, weights, kinds, age, [0] * bare + [1] * (keys - bare))
+
+def calls(
+    modules: Iterable[nn.Module],
+    run: Callable,  # is called once; it calls each of the modules
+) -> list[tuple]:   # of each module: its arguments and its result, of the last call
+    "What modules were called with, and what they gave."
+    seen, modules = {}, list(modules)
+    keep = lambda module, args, out: seen.update({module: (args, out)})
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try: run()
+    finally:
+        for hook in hooks: hook.remove()
+    return [seen[module] for module in modules]
 
 # %% ../nbs/12_model.ipynb #51633104
 def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:

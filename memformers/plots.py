@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'PALETTE', 'figure', 'plot_reach', 'plot_attention', 'plot_recall', 'plot_cost',
-           'plot_bits_by_position', 'plot_loss', 'plot_memory', 'save_figure']
+           'plot_bits_by_position', 'plot_painted_text', 'plot_loss', 'plot_memory', 'save_figure']
 
 # %% ../nbs/02_plots.ipynb #06d16c4e
 from collections import namedtuple
@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
@@ -361,6 +362,92 @@ def plot_bits_by_position(
     ax.set_xlim(edges[0], edges[-1])
     _legend(ax)
     return ax
+
+# %% ../nbs/02_plots.ipynb #675d6aa8
+_SHOWN, _UNKNOWN = {" ": "·", "\n": "↵", "\t": "→"}, "\N{REPLACEMENT CHARACTER}"
+
+def _letters(text, values):
+    "Each letter of bytes, of a string or of a list of strings; its token, and its value."
+    if not isinstance(text, (bytes, bytearray)):
+        pieces = enumerate(zip(text, values))
+        return [(letter, i, value) for i, (piece, value) in pieces for letter in piece]
+    letters, i = [], 0
+    while i < len(text):
+        for n in (1, 2, 3, 4, None):
+            try: letter = text[i:i + (n or 1)].decode() if n else _UNKNOWN
+            except UnicodeDecodeError: continue
+            break
+        letters.append((letter, i, values[i:i + (n or 1)].sum()))
+        i += n or 1
+    return letters
+
+def _text_rows(letters, width):
+    "Lines of at most `width` letters; a new line begins after the end of one in the text."
+    rows = [[]]
+    for letter in letters:
+        if len(rows[-1]) == width or rows[-1] and rows[-1][-1][0] == "\n": rows.append([])
+        rows[-1].append(letter)
+    return rows
+
+# %% ../nbs/02_plots.ipynb #bccdfb6e
+_GAIN = LinearSegmentedColormap.from_list("gain", [PALETTE["xl"], "white", PALETTE["segment"]])
+
+def _write_letters(ax, rows, cells):
+    "Each letter in its cell: white where the cell is dark, pale where it stands for a space."
+    font = FontProperties(family="DejaVu Sans Mono", size=8)
+    drawable = get_font(findfont(font)).get_charmap()
+    for y, row in enumerate(rows):
+        for x, (letter, _, value) in enumerate(row):
+            shown = _SHOWN.get(letter, letter)
+            if ord(shown) not in drawable or not shown.isprintable(): shown = _UNKNOWN
+            dark = np.dot(cells.to_rgba(value)[:3], [.3, .59, .11]) < .5
+            pale = letter in _SHOWN and not dark
+            ax.text(x + .5, y + .5, shown, ha="center", va="center_baseline", font=font,
+                    color="white" if dark else "#AAAAAA" if pale else _INK, parse_math=False)
+
+# %% ../nbs/02_plots.ipynb #0b5750be
+@_styled
+def plot_painted_text(
+    text,                     # bytes, a string, or a list of strings, one for each token
+    values,                   # one number for each byte, letter or string
+    label: str = "saved by the memory (bits)", # what the numbers are, with their unit
+    width: int = 80,          # letters in a line, at most
+    limit: float | None = None, # number of the deepest colour; None: all but the largest 2 % fit
+    start: int = 0,           # number of the first token, for the labels of the lines
+    ax: Axes | None = None,   # where to draw; None: a new figure as high as the text needs
+) -> Axes:
+    "A text painted by a number for each of its tokens: blue above zero, orange below."
+    values = _numbers(values, "values", "tokens")
+    if len(values) != len(text):
+        raise ValueError(f"values must hold a number for each of the {len(text)} bytes, letters or "
+                         f"tokens of text; got {len(values)}")
+    if width < 1: raise ValueError(f"width must be 1 or more; got {width}")
+    if limit is not None and limit <= 0: raise ValueError(f"limit must be above 0; got {limit}")
+    rows = _text_rows(_letters(text, values), width)
+    width = min(width, max(map(len, rows)))
+    grid = np.full((len(rows), width), np.nan)
+    for y, row in enumerate(rows): grid[y, :len(row)] = [value for *_, value in row]
+    limit = limit or np.nanquantile(abs(grid), .98) or np.nanmax(abs(grid)) or 1
+    if ax is None: ax = figure(1.3 + max(.075 * width, 1.2), .7 + max(.17 * len(rows), .7))[1]
+    cells = ax.pcolormesh(np.ma.masked_invalid(grid), cmap=_GAIN, vmin=-limit, vmax=limit)
+    _write_letters(ax, rows, cells)
+    step = max(1, len(rows) // 12)
+    _dress(ax, "· space, ↵ end of line", "position (tokens)", grid="")
+    ax.set(xlim=(0, width), ylim=(len(rows), 0), xticks=[], yticks=np.arange(.5, len(rows), step),
+           yticklabels=[f"{start + row[0][1]:,}" for row in rows[::step]])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    _gain_scale(ax, cells, grid, limit, label)
+    return ax
+
+def _gain_scale(ax, cells, grid, limit, label):
+    "The scale of the colours, pointed where numbers lie beyond it."
+    low, high = np.nanmin(grid) < -limit, np.nanmax(grid) > limit
+    extend = "both" if low and high else "min" if low else "max" if high else "neither"
+    bar = ax.figure.colorbar(cells, ax=ax, pad=.02, aspect=15, extend=extend,
+                             ticks=MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    bar.outline.set_visible(False)
+    _dress(bar.ax, "", "\n".join(wrap(label, int(12 * ax.figure.get_figheight()))), grid="")
 
 # %% ../nbs/02_plots.ipynb #994cb2be
 def _running_mean(values, window):

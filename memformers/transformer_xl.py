@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .layers import (Attention, FeedForward, Place, T5Positions, XLPositions, behind,
                                check_heads, check_memory_layers, distances, used_slots, visible)
 from .memory import carry, memory_state, push, shared, slots
-from .model import MemoryLM, Step, init_weights
+from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
 
 # %% ../nbs/20_transformer_xl.ipynb #29af29f6
 @memory_state
@@ -51,6 +51,11 @@ class XLLayer(nn.Module):
         if not self.post_norm: return x + self.feed_forward(self.norm_feed(x))
         x = self.norm_attention(x)
         return self.norm_feed(x + self.feed_forward(x))
+
+    def weights(self, x: Tensor, context, ok: Tensor, projected: Tensor, at=None) -> Tensor:
+        "Attention weights (b, heads, n, keys); the arguments are those of `forward`."
+        q, k, v = self.attention.project(x if self.post_norm else self.norm_attention(x))
+        return self.attention.weights(q, context(k, v)[0], ok, projected, at)
 
 # %% ../nbs/20_transformer_xl.ipynb #b9235af1
 def _write(memory, written, mask):
@@ -199,6 +204,11 @@ class TransformerXL(_InPieces, MemoryLM):
     def _visible(self, memory: XLMemory, front: int, distance: Tensor) -> Tensor:
         window = memory.mem.shape[2] if self.same_length and front else None
         return visible(memory.fill, front, distance, window)
+
+    def look(self, tokens: Tensor, memory: XLMemory) -> list[LayerAttention]:
+        called = calls(self.layers, lambda: self.read(tokens, memory, None))
+        return [in_line(number, layer.weights(*args), "xl")
+                for number, (layer, (args, _)) in enumerate(zip(self.layers, called), 1)]
 
     def forward(self, x: Tensor, memories: XLMemory | None = None, mask: Tensor | None = None):
         "Logits (b, n, num_tokens) and the memory for the next segment, already carried."

@@ -9,11 +9,11 @@ from mechanisms import SIZES, each
 from torch import Tensor
 
 from memformers import TransformerXL, carry, clone
-from memformers.data import Corpus, TaskStream, copy_task
-from memformers.evaluate import (Estimate, Evaluation, Recall, cost, evaluate, recall,
-                                 resampled_sums, token_bits, wilson)
+from memformers.data import ByteTokenizer, Corpus, TaskStream, copy_task
+from memformers.evaluate import (Estimate, Evaluation, Recall, TokenBits, cost, evaluate, lookup,
+                                 recall, resampled_sums, token_bits, token_bits_by_mode, wilson)
 from memformers.memory import filled, memory_state, push, shuffle, slots
-from memformers.model import MemoryLM, Step
+from memformers.model import MemoryLM, Step, in_line
 
 LENGTHS = [2, 23, 6, 7, 12, 11, 13]
 PARTNER = {0: 2, 2: 0, 3: 5, 5: 3, 4: 6, 6: 1, 1: 4}  # by length: two, two, and the last three
@@ -526,3 +526,130 @@ def test_cost_counts_from_the_context_asked_for():
 ])
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message): call()
+
+
+# Token by token
+
+@each
+@pytest.mark.parametrize("other", [4, 1, None], ids=["longer", "shorter", "none"])
+def test_bits_of_each_token_in_each_mode(mechanism, other):
+    model, texts = mechanism.make(), corpus([17, 9, 2, 2, 40]).documents
+    foreign = None if other is None else texts[other]
+    found = token_bits_by_mode(model, texts[0], foreign)
+    pair = [texts[0], texts[0] if foreign is None else foreign[:len(texts[0])]]
+    wanted = by_hand(model, pair, {0: 1, 1: 0}, model.seq_len)
+    for mode in ("on", "off", "foreign"):
+        if mode == "foreign" and foreign is None: continue
+        # Of equally near memories any may be found, and a gate may know their ages apart.
+        np.testing.assert_allclose(found.bits[mode], np.array(wanted[mode][0]) / math.log(2),
+                                   rtol=1e-5)
+    assert ("foreign" in found.bits) == (foreign is not None)
+    assert found.bits["shuffled"].shape == (16,)
+    np.testing.assert_allclose(found.bits["on"], token_bits(model, texts[0]), rtol=1e-5)
+    np.testing.assert_allclose(found.bits["off"], token_bits(model, texts[0], carry_memory=False),
+                               rtol=1e-5)
+
+
+def test_gains_are_those_of_the_parrot():
+    """It says the last token of the segment before: what repeats it is what gains."""
+    model = Parrot()
+    document = ByteTokenizer().encode("abcdddddefghhzzz")
+    found = token_bits_by_mode(model, document)
+    saved = found.saved()
+    said = document[3:-1].view(-1, 4)[:, 0]             # the last of each segment
+    right = torch.zeros(15, dtype=torch.bool)
+    for k in range(1, 4):
+        labels = document[1:][4 * k:4 * k + 4]
+        right[4 * k:4 * k + len(labels)] = labels == said[k - 1]
+    assert (saved[right] > 5).all() and (saved[4:][~right[4:].numpy()] < 0).all()
+    assert not saved[:4].any()
+    gains = found.gains(k=int(right.sum()), context=2)
+    assert {gain.position - 1 for gain in gains} == set(right.nonzero()[:, 0].tolist())
+    first = min(gains, key=lambda gain: gain.position)
+    assert (first.position, first.token, first.before) == (5, "d", "dd")
+    assert str(first).endswith("…dd«d»")
+
+
+def test_token_bits_leave_the_model_and_take_options(tmp_path):
+    model, (text, other, *_) = xl().train(), corpus([30, 20]).documents
+    found = token_bits_by_mode(model, text, other, modes=["foreign"], seq_len=3, mem_len=4)
+    assert model.training and list(found.bits) == ["on", "foreign"]
+    memory = model.init_memory(1, mem_len=4)
+    np.testing.assert_allclose(found.bits["on"], token_bits(model, text, memory, seq_len=3))
+    found.to_json(tmp_path / "bits.json")
+    again = TokenBits.from_json(tmp_path / "bits.json")
+    assert again.table() == found.table() and (again.saved("foreign") == found.saved("foreign")).all()
+    assert "on" in repr(found) and "foreign" in found.table()
+
+
+def test_token_bits_refuse():
+    model, text = xl(), corpus([30]).documents[0]
+    for call, words in [
+            (lambda: token_bits_by_mode(model, text, modes=["foreign"]), "foreign.*another document"),
+            (lambda: token_bits_by_mode(model, text, modes=["of"]), "modes.*of"),
+            (lambda: token_bits_by_mode(model, text, foreign=[3]), "foreign must be one sequence"),
+            (lambda: token_bits_by_mode(model, [99, 1]), "num_tokens"),
+            (lambda: token_bits_by_mode(model, text).saved("foreign"), "without.*foreign")]:
+        with pytest.raises(ValueError, match=words): call()
+
+
+# What was looked up
+
+class Looker(Parrot):
+    """Two heads: the first looks at the oldest memory, the second a quarter at each of the newest
+    two, and for the rest at itself."""
+    def look(self, tokens, memory):
+        (b, n), m = tokens.shape, self.slots
+        weights = torch.zeros(b, 2, n, m + n, dtype=torch.float64)
+        if memory.fill.any():
+            weights[:, 0, :, m - int(memory.fill[0])] = 1
+            weights[:, 1, :, m - 2:m] = .25
+            weights[:, 1] += .5 * torch.eye(n, m + n).roll(m, 1)
+        else: weights[..., m:] = torch.eye(n)
+        return [in_line(1, weights, "xl"), in_line(2, weights[:, :1, :, m:], "xl")]
+
+
+def test_a_lookup_finds_the_tokens_and_their_ages():
+    text = ByteTokenizer().encode("abcdefghijklmnopqrstuvwxyz")
+    found = lookup(Looker(), text, at=17)        # "r"; its segment is "qrst", the memory "klmnop"
+    assert [(read.layer, read.head, read.weight, read.age, read.start, read.stop)
+            for read in found.reads] == [(1, 0, 1.0, 7, 10, 11), (1, 1, .25, 2, 15, 16),
+                                         (1, 1, .25, 3, 14, 15)]
+    assert "opq«r»stu" in found.text(context=3).splitlines()[0]
+    assert "hij«k»lmn" in found.text(context=3).splitlines()[2]
+    assert len(lookup(Looker(), text, at=17, top=1).reads) == 1
+    assert {read.head for read in lookup(Looker(), text, at=17, head=0, layer=1).reads} == {0}
+    assert lookup(Looker(), text, at=-9).reads == found.reads
+    assert "nothing" in repr(lookup(Looker(), text, at=2))
+    assert lookup(Looker(), text, at=17, layer=2).reads == []
+
+
+def test_a_lookup_refuses():
+    text = corpus([30]).documents[0]
+    for call, words in [(lambda: lookup(xl(), text, at=30), "at must be.*30"),
+                        (lambda: lookup(xl(), text, at=1, layer=4), "layer must be 1 to 3.*4"),
+                        (lambda: lookup(xl(), text, at=1, head=3), "head.*3"),
+                        (lambda: lookup(xl(), text, at=1, top=0), "top.*0")]:
+        with pytest.raises(ValueError, match=words): call()
+    with pytest.raises(NotImplementedError, match="Parrot.*look"): lookup(Parrot(), text, at=3)
+
+
+@each
+def test_every_mechanism_says_what_it_looked_up(mechanism):
+    """The reads are the largest weights of the query, and none lies in the future."""
+    model, text = mechanism.make(), corpus([40]).documents[0]
+    found = lookup(model, text, at=37, top=5)
+    ids = torch.from_numpy(text.astype(np.int64))[None]
+    start, weights = 37 - 37 % model.seq_len, []
+    memory = own_memories(model, text[:start + 1], model.seq_len)[-1]
+    for seen in model.attention_weights(ids[:, start:38], memory):
+        memories = torch.tensor([kind not in ("", "segment") for kind in seen.kinds])
+        weights.append(seen.weights[0, :, -1, memories].flatten())
+    best = torch.cat(weights).sort(descending=True).values[:5]
+    best = best[best > 0]
+    torch.testing.assert_close(torch.tensor([read.weight for read in found.reads]).double(),
+                               best.double())
+    for read in found.reads:
+        assert read.age >= 0 and read.stop == 37 - read.age + 1 and 0 <= read.start <= read.stop \
+            or read.start == read.stop
+    assert len(found.text().splitlines()) == 2 + len(found.reads)

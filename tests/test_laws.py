@@ -438,3 +438,65 @@ def test_shuffling_keeps_what_is_remembered(mechanism):
             if isinstance(x, torch.Tensor): close(x, y)
     assert torch.isfinite(model.step(text(seed=4), mixed).logits).all()
     tree_map(lambda x, y: None, memory, mixed)
+
+
+# 11. what a mechanism says of its attention
+
+def attention(model, tokens):
+    """Of a model of one layer, asked with the last segment: the weights by the position in the text
+    of the newest token that a key stands for, NaN where there is none, (b, heads, n, positions);
+    and how many tokens it stands for."""
+    start = (tokens.shape[1] - 1) // N * N
+    seen, = model.attention_weights(tokens[:, start:], read(model, tokens[:, :start])[1])
+    span, shape = torch.tensor(seen.span), seen.weights.shape
+    at = start + torch.arange(shape[2])[:, None] - seen.age.expand(shape)
+    at = at.where((span > 0) & (seen.weights > 0), -1) + 1
+    nothing = torch.full((*shape[:3], tokens.shape[1] + 1), float("nan"), dtype=torch.float64)
+    return [nothing.scatter(-1, at, x.expand(shape).double())[..., 1:] for x in (seen.weights, span)]
+
+
+@each
+def test_attention_weights_are_shares(mechanism):
+    model = mechanism.make().train()
+    memory = read(model, text(3, 2 * N + 2))[1]
+    before = clone(memory)
+    layers = model.attention_weights(text(3, 4, seed=5), memory)
+    assert same(memory, before) and model.training
+    assert [seen.layer for seen in layers] == [1, 2, 3]
+    for seen in layers:
+        b, h, n, keys = seen.weights.shape
+        assert len(seen.kinds) == len(seen.span) == keys and not seen.weights.requires_grad
+        torch.broadcast_to(seen.age, seen.weights.shape)
+        close(seen.weights.sum(-1), torch.ones(b, h, n).double())
+        ahead = (seen.age < 0).expand_as(seen.weights)
+        assert not seen.weights[ahead].any(), "nothing is seen before it was read"
+    assert all("segment" in seen.kinds or "long_term" in seen.kinds for seen in layers)
+
+
+@each
+def test_a_key_stands_for_the_tokens_that_it_names(mechanism):
+    """In one layer: when a token changes, the scores of those keys change that stand for it, and no
+    others. (Entries of the Feedback Transformer depend on all that was read before them.)"""
+    ones = {name: [1] for name in mechanism.options if name.endswith("layers")}
+    # Where the attention of later tokens chooses what is kept, a gate stands between two softmaxes,
+    # or a memory holds what a layer gives, other scores change too.
+    for name, plain in (("compression", "max"), ("gate", "softmax")):
+        if mechanism.options.get(name) in ("most_used", "sigmoid", "network"): ones[name] = plain
+    name = mechanism.name.split("_")[0]
+    if name == "compressive" or mechanism.name == "xl_enhanced": ones["enhanced_recurrence"] = False
+    model, tokens, tried = mechanism.make(depth=1, **ones), text(2, 3 * N), 0
+    seen, span = attention(model, tokens)
+    position = torch.arange(3 * N)
+    for changed in range(2 * N):
+        other = tokens.clone()
+        other[:, changed] = (other[:, changed] + 1) % SIZES["num_tokens"]
+        score = (attention(model, other)[0].log() - seen.log()).flatten(0, 2)
+        for row, width in zip(score, span.flatten(0, 2)):
+            there = ~row.isnan() & (position <= changed if name == "feedback" else True)
+            stands = (changed <= position) & (changed > position - width)
+            others = row[there & ~stands]
+            if not len(others): continue
+            close(others, others[:1].expand_as(others), rtol=0, atol=1e-9)
+            assert ((row[there & stands] - others[0]).abs() > 1e-9).all()
+            tried += int((there & stands).any())
+    assert tried > 5 or seen[..., :2 * N].isnan().all()

@@ -12,8 +12,8 @@ from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.colors import same_color, to_rgb
 
 from memformers.plots import (KINDS, PALETTE, figure, plot_attention, plot_bits_by_position,
-                              plot_cost, plot_loss, plot_memory, plot_reach, plot_recall,
-                              save_figure)
+                              plot_cost, plot_loss, plot_memory, plot_painted_text, plot_reach,
+                              plot_recall, save_figure)
 
 SEGMENT = ["segment"] * 4
 EDGES = [0, 64, 128, 256]
@@ -28,6 +28,7 @@ CALLS = {
     "bits": lambda **o: plot_bits_by_position(EDGES, {"on": STEPS, "off": STEPS}, **o),
     "loss": lambda **o: plot_loss([1, 2, 3], [8, 4, 2], smooth=2, **o),
     "memory": lambda **o: plot_memory([[3, 2, 1]], [2], "age (segments)", **o),
+    "painted": lambda **o: plot_painted_text("a b\nc", [0, 1, -2, 0, 3], **o),
 }
 every_figure = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
@@ -255,6 +256,64 @@ def test_memory_takes_a_mask_and_may_be_empty():
     plot_memory(np.zeros((2, 40)), [0, 0]).figure.canvas.draw()
 
 
+# --- painted text
+
+def painted(ax):
+    "The letters, each with its place and the number behind it."
+    grid = next(c for c in ax.collections if isinstance(c, QuadMesh)).get_array()
+    grid = np.ma.getdata(grid).reshape(len(grid), -1)
+    return [(t.get_text(), int(t.get_position()[1]), int(t.get_position()[0]),
+             grid[int(t.get_position()[1]), int(t.get_position()[0])]) for t in ax.texts]
+
+
+def test_painted_text_keeps_each_number_behind_its_letter():
+    ax = plot_painted_text("ab c\nd\te$", [1, -2, 3, 4, 5, 6, 7, 8, 9], width=3)
+    assert painted(ax) == [("a", 0, 0, 1), ("b", 0, 1, -2), ("·", 0, 2, 3), ("c", 1, 0, 4),
+                           ("↵", 1, 1, 5), ("d", 2, 0, 6), ("→", 2, 1, 7), ("e", 2, 2, 8),
+                           ("$", 3, 0, 9)]
+
+
+def test_painted_text_is_blue_above_zero_and_orange_below():
+    ax = plot_painted_text("+0-", [4, 0, -4])
+    cells = next(c for c in ax.collections if isinstance(c, QuadMesh))
+    colors = [cells.to_rgba(x) for x in (4, 0, -4)]
+    for color, want in zip(colors, (PALETTE["segment"], "white", PALETTE["xl"])):
+        np.testing.assert_allclose(color[:3], to_rgb(want), atol=.01)
+    low, high = cells.get_clim()
+    assert low == -high, "zero is white"
+
+
+def test_painted_bytes_need_not_be_text():
+    data = "aß€".encode() + b"\xff\xe2\x82" + b"z\x00"
+    ax = plot_painted_text(data, range(len(data)), start=7)
+    assert [(letter, value) for letter, _, _, value in painted(ax)] == \
+        [("a", 0), ("ß", 1 + 2), ("€", 3 + 4 + 5), ("�", 6), ("�", 7), ("�", 8), ("z", 9), ("�", 10)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["7"]
+
+
+def test_painted_tokens_of_several_letters_are_painted_whole():
+    ax = plot_painted_text(["hel", "lo\n", "you"], [1, 2, 3], start=10)
+    assert [value for *_, value in painted(ax)] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["10", "12"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_painted_letters_that_the_font_lacks_are_told():
+    ax = plot_painted_text("a漢b", [1, 2, 3])
+    assert [letter for letter, *_ in painted(ax)] == ["a", "�", "b"]
+    ax.figure.canvas.draw()
+
+
+def test_a_few_large_numbers_do_not_pale_the_others():
+    values = np.ones(200)
+    values[7] = 100
+    ax = plot_painted_text("x" * 200, values)
+    assert next(c for c in ax.collections if isinstance(c, QuadMesh)).get_clim() == (-1, 1)
+    ax = plot_painted_text("x" * 200, values, limit=50)
+    assert next(c for c in ax.collections if isinstance(c, QuadMesh)).get_clim() == (-50, 50)
+    assert plot_painted_text("xy", [0, 0]).collections, "nothing to paint is no error"
+
+
 # --- saving
 
 def test_saving_makes_folders_and_closes(tmp_path):
@@ -306,6 +365,10 @@ def test_saved_pictures_carry_no_date_and_no_version(tmp_path):
     (lambda: plot_memory(np.ones((2, 3)), np.ones((2, 2))), r"fill.*\(2, 3\).*\(2, 2\)"),
     (lambda: plot_memory(np.ones((1, 3)), [1], names=["a", "b"]), "names.*1.*2"),
     (lambda: plot_memory(np.ones((1, 3)), [1], kind="cache"), "kind.*cache"),
+    (lambda: plot_painted_text("abc", [1, 2]), "values.*3.*2"),
+    (lambda: plot_painted_text("", []), r"values.*\(tokens\)"),
+    (lambda: plot_painted_text("a", [1], width=0), "width.*0"),
+    (lambda: plot_painted_text("a", [1], limit=0), "limit.*0"),
     (lambda: save_figure("figure", "a.png"), "axes.*str"),
     (lambda: save_figure(plt.figure(), "a.pdf"), "path.*a.pdf"),
 ])
