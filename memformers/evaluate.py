@@ -412,7 +412,8 @@ def evaluate(
             for numbers, partner, start, *segment in _side_by_side(group, texts, size):
                 rows.keep(len(numbers))
                 scores = rows.score(modes, partner, *segment)
-                tally.add(numbers, start, segment[-1], scores, nbytes(rows.memory) // rows.rows)
+                tally.add(numbers, start, segment[-1], scores,
+                          nbytes(rows.memory, full=True) // rows.rows)
                 bar.update(int(segment[-1].sum()))
     settings = dict(seq_len=size, batch_size=batch_size, max_tokens=max_tokens, seed=seed,
                     memory_options=memory_options)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .memory import memory_state, whole_file
+from .memory import grows, memory_state, shared, whole_file
 
 # %% ../nbs/11_knn.ipynb #0a2be7ac
 def largest(
@@ -62,6 +62,8 @@ def largest_in_groups(
 _CHUNK = 2 ** 16   # keys that are compared at a time
 _BUFFER = 2 ** 23  # scores that are held at a time: 32 MiB in float32
 
+def _on_host(t): return t.device.type == "cpu"
+
 def _wide(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 def _search_row(keys, there, queries, k):
@@ -93,7 +95,7 @@ def nearest(
 ) -> tuple[Tensor, Tensor, Tensor]: # (r, q, topk) inner products, slots and bool: found
     "The keys with the largest inner products with each query, exactly, in no order."
     r, q, _ = queries.shape
-    on_host = keys.device.type == "cpu"
+    on_host = _on_host(keys)
     dtype = torch.promote_types(torch.float32, queries.dtype)
     scores = torch.zeros(r, q, topk, dtype=dtype, device=keys.device)
     slots = torch.zeros(r, q, topk, dtype=torch.long, device=keys.device)
@@ -109,51 +111,70 @@ def nearest(
     else: found = scores > -torch.inf
     return scores.masked_fill(~found, 0), slots.masked_fill(~found, 0), found.expand(r, q, topk)
 
-# %% ../nbs/11_knn.ipynb #467262d2
-def _empty(kv, rows):
-    "Overwrite rows (b, …) bool with zeros, in place."
-    if rows.device.type == "cpu": kv[rows] = 0
-    else: kv.masked_fill_(rows[..., None, None, None], 0)
+# %% ../nbs/11_knn.ipynb #ace73fc3
+def _counts(written, new, mask):
+    "How many of `new` (…, n, 2, d) each row will take: as `written`."
+    return torch.full_like(written, new.shape[-3]) if mask is None else mask.sum(-1)
 
 def _write_ring(kv, written, new, mask):
-    "Write behind the newest memory of each row; returns how many were written in each row."
+    "Write `new` (…, n, 2, d), where `mask` (…, n) is True, behind the newest memory of each row."
     capacity, n = kv.shape[-3], new.shape[-3]
-    r, first = written.numel(), written.reshape(-1)
+    if not capacity: return
+    first, r = written.reshape(-1, 1), written.numel()
     flat, new = kv.view(r, *kv.shape[-3:]), new.to(kv.dtype).reshape(r, *new.shape[-3:])
+    row = torch.arange(r, device=kv.device)[:, None]
+    # Of a chunk longer than the ring only the end survives; so no slot is written twice.
     if mask is None:
-        total = torch.full_like(first, n)
-        rank = torch.arange(n, device=kv.device).expand(len(first), n)
+        last = torch.arange(max(0, n - capacity), n, device=kv.device)
+        flat[row, (first + last) % capacity] = new[:, max(0, n - capacity):]
     else:
-        mask = mask.reshape(len(first), n)
-        total, rank = mask.sum(1), mask.cumsum(1) - 1
-    if capacity:
-        slot = (first[:, None] + rank) % capacity
-        row = torch.arange(len(first), device=kv.device)[:, None].expand_as(slot)
-        # Of a chunk longer than the ring only the end survives; so no slot is written twice.
-        if mask is None: last = slice(max(0, n - capacity), n)
-        if mask is None: flat[row[:, last], slot[:, last]] = new[:, last]
-        else:
-            keep = mask & (rank >= total[:, None] - capacity)
-            flat[row[keep], slot[keep]] = new[keep]
-    return total.view(written.shape)
+        mask = mask.reshape(r, n)
+        rank = mask.cumsum(1) - 1
+        keep = mask & (rank >= rank[:, -1:] + 1 - capacity)
+        slot = (first + rank) % capacity
+        flat[row.expand_as(slot)[keep], slot[keep]] = new[keep]
 
-# %% ../nbs/11_knn.ipynb #6ff7be0f
+# %% ../nbs/11_knn.ipynb #17438667
+def _doubled(slots, need, most):
+    "The number of slots after as many doublings as `need` memories ask for, at most `most`."
+    while slots < min(need, most): slots = min(max(1, 2 * slots), most)
+    return slots
+
+def _resized(kv, slots):
+    "A copy with more slots, the new ones zero."
+    larger = kv.new_zeros(*kv.shape[:-3], slots, *kv.shape[-2:])
+    larger[..., :kv.shape[-3], :, :] = kv
+    return larger
+
 def _writes(t):
     "How often a tensor was written in place."
     return t._version if isinstance(t, Tensor) and not t.is_inference() else None
 
+# %% ../nbs/11_knn.ipynb #f38ed858
 @memory_state
 class KNNStore:
-    "Memories as a value: a ring of keys and values for each row. `write` may happen in place."
-    kv: Tensor       # (b, …, capacity, 2, d): memory number i stands in slot i % capacity
-    written: Tensor  # (b, …) memories written since the row was empty
+    """Memories as a value: a ring of keys and values for each row.
+
+    `write` may happen in place; what was passed in is spent.
+    """
+    kv: Tensor = grows(-3)  # (b, …, capacity, 2, d): memory number i stands in slot i % capacity
+    written: Tensor = None  # (b, …) memories written since the row was empty
+    max_memories: int = shared()  # the capacity that it may grow to; None: it does not grow
+    unpacks = ("kv", "written")
 
     def __post_init__(self):
         kv = object.__getattribute__(self, "kv")
-        if isinstance(kv, Tensor) and kv.is_inference():
+        set_ = lambda name, value: object.__setattr__(self, name, value)
+        if isinstance(kv, Tensor):
+            if self.max_memories is None: set_("max_memories", kv.shape[-3])
+            if kv.shape[-3] > self.max_memories:
+                raise ValueError(f"kv must have at most max_memories = {self.max_memories} slots; "
+                                 f"got {kv.shape[-3]}")
             # Only a tensor made outside inference mode counts its writes.
-            with torch.inference_mode(False): object.__setattr__(self, "kv", kv.clone())
-        object.__setattr__(self, "_seen", _writes(object.__getattribute__(self, "kv")))
+            if kv.is_inference():
+                with torch.inference_mode(False): set_("kv", kv.clone())
+        set_("_seen", _writes(object.__getattribute__(self, "kv")))
+        set_("_most", None)  # on an accelerator: `written` is nowhere above it; None: not known
 
     def __getattribute__(self, name):
         value = object.__getattribute__(self, name)
@@ -163,8 +184,22 @@ class KNNStore:
                              "from it too, take `clone(memory)` before.")
         return value
 
+    def _then(self, kv, written, most=None):
+        "The store with other memories."
+        store = KNNStore(kv, written, self.max_memories)
+        object.__setattr__(store, "_most", self._most if most is None else most)
+        return store
+
     @property
-    def capacity(self) -> int: return self.kv.shape[-3]
+    def capacity(self) -> int:
+        "The slots that there are now."
+        return self.kv.shape[-3]
+
+    @property
+    def full_nbytes(self) -> int:
+        "What `nbytes` will be once the capacity is `max_memories`."
+        slots = self.kv.shape[:-3].numel() * self.max_memories
+        return slots * 2 * self.kv.shape[-1] * self.kv.element_size() + self.written.nbytes
 
     @property
     def fill(self) -> Tensor:
@@ -175,12 +210,12 @@ class KNNStore:
     def used(self) -> int:
         "How many of the first slots have to be read, so that no row misses one."
         fill = self.fill
-        if fill.device.type != "cpu": return self.capacity
+        if not _on_host(fill): return self.capacity
         return int(fill.max()) if fill.numel() else 0
 
     def layer(self, i: int):
         "The store of one layer of (b, layers, capacity, 2, d)."
-        return KNNStore(self.kv[:, i], self.written[:, i])
+        return self._then(self.kv[:, i], self.written[:, i])
 
     def ages(self, slots: Tensor) -> Tensor:
         "How many memories were written after those in `slots` (b, …)."
@@ -191,19 +226,41 @@ class KNNStore:
         "See the function `nearest`; for a store (b, capacity, 2, d)."
         return nearest(self.kv[:, :, 0], self.fill, queries, topk)
 
-    def write(self, new: Tensor, mask: Tensor | None = None, clear: Tensor | None = None,
-              copy: bool = False):
+    def write(self, new: Tensor, mask: Tensor | None = None, copy: bool = False):
         """The store after `new` (b, …, n, 2, d), where `mask` (b, …, n) is True, oldest first.
 
-        Rows flagged in `clear` (b, …) are emptied before. The write happens in place, and what
-        was passed in is spent, unless `copy` is set.
+        What was passed in is spent, unless `copy` is set.
         """
-        kv, written = self.kv.clone() if copy else self.kv, self.written
-        if clear is not None and (clear.device.type != "cpu" or clear.any()):
-            _empty(kv[..., :self.used, :, :], clear)
-            written = written.masked_fill(clear, 0)
-        total = _write_ring(kv, written, new.detach(), mask)
-        return KNNStore(kv, written + total)
+        count = _counts(self.written, new, mask)
+        kv, most = self._room(count, new.shape[-3], copy)
+        _write_ring(kv, self.written, new.detach(), mask)
+        return self._then(kv, self.written + count, most)
+
+    def write_layers(self, new: list, masks: list, copy: bool = False):
+        """As `write`, into each layer of (b, layers, capacity, 2, d) its own.
+
+        `new` has a (b, n, 2, d) for each layer, `masks` a (b, n) for each, or is empty.
+        """
+        if not new: return self
+        masks, first = masks or [None] * len(new), self.written.unbind(1)
+        count = torch.stack([_counts(*args) for args in zip(first, new, masks)], 1)
+        kv, most = self._room(count, max(part.shape[1] for part in new), copy)
+        for i, (written, part, mask) in enumerate(zip(first, new, masks)):
+            _write_ring(kv[:, i], written, part.detach(), mask)
+        return self._then(kv, self.written + count, most)
+
+    def _room(self, count, n, copy):
+        "Keys and values with room for `count` (b, …) more, at most n; and the new upper bound."
+        kv, slots, most, after = self.kv, self.capacity, None, self.written + count
+        if slots < self.max_memories and after.numel():
+            if not _on_host(after) and self._most is not None: most = self._most + n
+            if most is None or most > slots: most = int(after.max())
+            slots = _doubled(slots, most, self.max_memories)
+        if slots > self.capacity: kv = _resized(kv, slots)
+        elif copy: kv = kv.clone()
+        # Spent in any case: also where the old tensor is left behind as it was.
+        if not copy: torch.autograd.graph.increment_version(self.kv)
+        return kv, most
 
     def chronological(self) -> tuple[Tensor, Tensor]:
         "(b, …, capacity, 2, d) memories, oldest first, then zeros; (b, …, capacity) their slots."
@@ -216,22 +273,34 @@ class KNNStore:
 
     def on_reset(self, rows):
         rows = rows.to(self.written.device).view(-1, *[1] * (self.written.ndim - 1))
-        return KNNStore(self.kv, self.written.masked_fill(rows, 0))
+        return self._then(self.kv, self.written.masked_fill(rows, 0))
 
     def on_select(self, rows):
         rows = rows.to(self.kv.device)
-        kv, written = self.kv.index_select(0, rows), self.written.index_select(0, rows)
+        written, slots = self.written.index_select(0, rows), self.capacity
+        if _on_host(written):
+            need = int(written.max()) if written.numel() else 0
+            slots = min(slots, _doubled(0, need, self.max_memories))
+        kv = self.kv[..., :slots, :, :].index_select(0, rows)
         # What a reset left behind is not taken along.
-        there = torch.arange(self.capacity, device=kv.device) < written[..., None]
-        return KNNStore(kv.masked_fill_(~there[..., None, None], 0), written)
+        there = torch.arange(slots, device=kv.device) < written[..., None]
+        return self._then(kv.masked_fill_(~there[..., None, None], 0), written)
+
+    def on_put(self, rows, part):
+        rows, slots = rows.to(self.kv.device), max(self.capacity, part.capacity)
+        kv, new = (x.kv if x.capacity == slots else _resized(x.kv, slots) for x in (self, part))
+        return KNNStore(kv.index_copy(0, rows, new),
+                        self.written.index_copy(0, rows, part.written), self.max_memories)
 
     def on_shuffle(self, generator):
         "The same memories in other slots: other ages."
-        key = torch.rand(self.written.shape[0], self.capacity, generator=generator)
-        key = key.view(-1, *[1] * (self.written.ndim - 1), self.capacity).to(self.kv.device)
+        ones = [1] * (self.written.ndim - 1)
+        key = torch.rand(len(self.written), *ones, self.capacity, generator=generator)
+        key = key.to(self.kv.device)
         there = torch.arange(self.capacity, device=self.kv.device) < self.fill[..., None]
         order = key.expand(there.shape).masked_fill(~there, 2).argsort(dim=-1, stable=True)
-        return KNNStore(self.kv.gather(-3, order[..., None, None].expand_as(self.kv)), self.written)
+        kv = self.kv.gather(-3, order[..., None, None].expand_as(self.kv))
+        return self._then(kv, self.written)
 
 # %% ../nbs/11_knn.ipynb #6b541b95
 _DTYPES = {str(t).removeprefix("torch."): t
@@ -416,7 +485,7 @@ class _Rows:
         self.dim, self.max_memories, self.num_indices = dim, max_memories, num_indices
         self.backend, self.index, self.effort = backend, index, effort
         self.device, self.dtype = device, dtype
-        self._store, self._rows, self._closed, self._most = None, None, False, 0
+        self._store, self._rows, self._closed = None, None, False
         self._indexes = [_FaissRow(index) for _ in range(num_indices)]
         self._folder = None if path is None else _Folder(path, temporary)
         if self._folder is not None: self._open()
@@ -517,14 +586,15 @@ class _Writable(_Scope):
             self.device, self.dtype = self.device or like.device, self.dtype or like.dtype
             if self._folder is not None: self._map(self.dtype)
             else: self._store = KNNStore(
-                torch.zeros(self.num_indices, min(self.max_memories, 1024), 2, self.dim,
-                            device=self.device, dtype=self.dtype),
-                torch.zeros(self.num_indices, dtype=torch.long, device=self.device))
+                torch.zeros(self.num_indices, 0, 2, self.dim, device=self.device,
+                            dtype=self.dtype),
+                torch.zeros(self.num_indices, dtype=torch.long, device=self.device),
+                self.max_memories)
         return self._store
 
 # %% ../nbs/11_knn.ipynb #3b814ebc
 class _Growing(_Writable):
-    "A memory that is checked and grows."
+    "A memory that is checked."
     def _check(self, name, t, shape, b):
         "Is `t` a float tensor of the shape expected, on the memory's device?"
         if not isinstance(t, Tensor) or not t.is_floating_point():
@@ -550,7 +620,6 @@ class _Growing(_Writable):
             raise ValueError("memories must not be NaN; rows "
                              f"{memories.isnan().flatten(1).any(1).nonzero()[:, 0].tolist()} are")
         self._ready(memories)
-        self._grow(memories.shape[1])
         if self._rows is not None: memories, mask = self._everywhere(memories, mask)
         if self._folder is None:
             self._store = self._store.write(memories, mask)
@@ -559,17 +628,6 @@ class _Growing(_Writable):
         self._folder.begun.copy_(self._store.written + count)
         self._store = self._store.write(memories, mask)
         self._folder.done.copy_(self._store.written)
-
-    def _grow(self, n):
-        "Double the store until it has room, up to its capacity."
-        store, size = self._store, self._store.capacity
-        # On an accelerator a look would wait for the device: there the bound may be too high.
-        here = self._most if store.written.device.type != "cpu" else int(store.written.max())
-        self._most = here + n
-        while size < min(self._most, self.max_memories): size = min(2 * size, self.max_memories)
-        if size > store.capacity:
-            more = store.kv.new_zeros(self.num_indices, size - store.capacity, 2, self.dim)
-            self._store = KNNStore(torch.cat([store.kv, more], 1), store.written)
 
     def _everywhere(self, memories, mask):
         "Memories and mask of all rows, where only those in scope write."
@@ -601,7 +659,7 @@ class _Searchable(_Growing):
             raise ValueError(f"topk must lie between 1 and max_memories = {self.max_memories}; got "
                              f"{topk}")
         flat = queries.detach().reshape(len(queries), -1, self.dim)
-        if self._store is None:
+        if not self.capacity:
             kv = queries.new_zeros(*flat.shape[:2], topk, 2, self.dim)
             mask = torch.zeros(kv.shape[:3], dtype=torch.bool, device=kv.device)
         else:

@@ -276,13 +276,8 @@ class UncarriedMemory:
 
     def on_carry(self, grad):
         # The graph that is kept may read the store again: then it is copied, not overwritten.
-        kv, written = self.knn.kv.clone() if grad else self.knn.kv, []
-        for i, new in enumerate(self.new):
-            store = KNNStore(kv[:, i], self.knn.written[:, i])
-            store = store.write(new, self.real[i] if self.real else None, self.clear)
-            written.append(store.written)
-        written = torch.stack(written, 1) if written else self.knn.written
-        return MemorizingMemory(self.xl if grad else carry(self.xl), KNNStore(kv, written))
+        knn = self.knn.on_reset(self.clear).write_layers(self.new, self.real, copy=grad)
+        return MemorizingMemory(self.xl if grad else carry(self.xl), knn)
 
     def on_reset(self, rows):
         keep = ~rows.to(self.clear.device)[:, None]
@@ -399,14 +394,14 @@ class MemorizingTransformer(MemoryLM):
 
     def init_memory(self, batch_size: int, *, max_knn_memories: int | None = None, device=None,
                     dtype=None):
-        "A fresh memory; `max_knn_memories` may differ from training."
+        "A fresh memory, whose store grows up to `max_knn_memories`; they may differ from training."
         weight = self.embedding.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         capacity = self.max_knn_memories if max_knn_memories is None else max_knn_memories
         layers = len(self.memorizing_layers)
         long = dict(device=device, dtype=torch.long)
-        knn = KNNStore(torch.zeros(batch_size, layers, capacity, 2, self.dim_head, device=device,
-                                   dtype=dtype), torch.zeros(batch_size, layers, **long))
+        knn = KNNStore(torch.zeros(batch_size, layers, 0, 2, self.dim_head, device=device,
+                                   dtype=dtype), torch.zeros(batch_size, layers, **long), capacity)
         mem = torch.zeros(batch_size, len(self.xl_memory_layers), self.xl_max_memories,
                           2 * self.dim_head, device=device, dtype=dtype)
         return MemorizingMemory(XLKeys(mem, torch.zeros(batch_size, **long)), knn)

@@ -84,7 +84,7 @@ def create(
 def budget(model: MemoryLM) -> dict:
     "Parameters, bytes of memory for each row, and the longest segment in tokens."
     return {"parameters": sum(p.numel() for p in model.parameters()),
-            "memory_bytes": nbytes(model.init_memory(1, device="meta")),
+            "memory_bytes": nbytes(model.init_memory(1, device="meta"), full=True),
             "seq_len": model.seq_len}
 
 def models() -> str:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memformers import KNNMemory, KNNMemoryList
 from memformers.knn import KNNStore, largest_in_groups, nearest
-from memformers.memory import carry, clone, reset, select, shuffle
+from memformers.memory import (carry, clone, load_memory, nbytes, put, reset, save_memory, select,
+                               shuffle)
 
 
 def numbered(first, n, rows=1, dim=3):
@@ -185,8 +187,6 @@ def test_numbers_stay_in_the_precision_in_which_they_came(dtype):
 
 def test_a_search_works_in_blocks():
     """Whatever the number of queries, working memory is bounded."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Largest(TorchDispatchMode):
         bytes = 0
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -249,11 +249,116 @@ def test_a_spent_store_says_so_and_shows_the_way_out():
     for whole in (after, copy, other, carry(copy)): assert whole.fill.tolist() == [5, 5]
 
 
-def test_a_write_may_copy():
-    store = filled_store()
+@pytest.mark.parametrize("n", [1, 3])   # in place, and into a larger tensor
+def test_a_write_may_copy(n):
+    store = growing(2, 6).write(numbered(1, 3, 2))
     before = store.kv.clone()
-    after = store.write(numbered(9, 2, 2), copy=True)
-    assert torch.equal(store.kv, before) and not torch.equal(after.kv, before)
+    after = store.write(numbered(9, n, 2), copy=True)
+    assert torch.equal(store.kv, before) and not torch.equal(after.kv[:, :4], before)
+    after.kv, store.write(numbered(9, n, 2)).kv
+
+
+def growing(rows, most, dtype=torch.float32):
+    return KNNStore(torch.zeros(rows, 0, 2, 3, dtype=dtype), torch.zeros(rows, dtype=torch.long),
+                    most)
+
+
+def test_a_store_begins_with_nothing_and_doubles():
+    store, sizes = growing(2, 1000), []
+    assert nbytes(store) == 2 * 8 and nbytes(store, full=True) == 2 * 1000 * 2 * 3 * 4 + 2 * 8
+    for i in range(250):
+        store = store.write(numbered(7 * i, 7, 2))
+        sizes.append(store.capacity)
+    assert list(dict.fromkeys(sizes)) == [8, 16, 32, 64, 128, 256, 512, 1000]
+    assert nbytes(store) == nbytes(store, full=True)
+    assert store.chronological()[0][1, :, 0, 0].tolist() == list(range(750, 1750))
+    with pytest.raises(ValueError, match="at most max_memories = 4"):
+        KNNStore(torch.zeros(1, 5, 2, 3), torch.zeros(1), 4)
+
+
+def test_a_store_that_moved_to_a_larger_tensor_is_spent_all_the_same():
+    for first in (0, 3):
+        store = growing(2, 100).write(numbered(1, first, 2))
+        kept, emptied = clone(store), reset(store, torch.tensor([True, False]))
+        after = store.write(numbered(4, 20, 2))
+        assert after.capacity == 32 > store.written.max()
+        for spent in (store, emptied):
+            for use in (lambda s: s.kv, clone, lambda s: s.write(numbered(9, 1, 2))):
+                with pytest.raises(ValueError, match="spent.*clone"): use(spent)
+        after.kv, kept.kv
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.booleans(), st.sampled_from([1, 5, 100]), st.lists(st.tuples(st.sampled_from(
+    ["write", "write", "write", "write", "masked", "masked", "reset", "select", "put", "clone"]),
+    st.integers(0, 12)), max_size=20))
+def test_a_store_that_grows_holds_what_a_full_one_holds(host, most, actions):
+    """Through every verb; on an accelerator, where nobody looks, as well."""
+    small, large = growing(3, most), KNNStore(torch.zeros(3, most, 2, 3),
+                                              torch.zeros(3, dtype=torch.long))
+    number = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memformers.knn._on_host", lambda t: host)
+        for action, n in actions:
+            new, gen = numbered(number, n, 3), torch.Generator().manual_seed(n)
+            mask = torch.rand(3, n, generator=gen) < .5 if action == "masked" else None
+            number += n
+
+            def act(store):
+                if action in ("write", "masked"): return store.write(new, mask)
+                if action == "reset": return reset(store, torch.arange(3) == n % 3)
+                if action == "select": return select(store, [n % 3, 2, 0])
+                if action == "put":
+                    part = select(store, [n % 3]).write(numbered(number, n))
+                    return put(store, [(n + 1) % 3], part)
+                return clone(store)
+
+            small, large = act(small), act(large)
+            number += n
+            assert torch.equal(small.written, large.written) and small.capacity <= most
+            a, b = (s.chronological()[0] for s in (small, large))
+            assert torch.equal(a, b[:, :a.shape[1]]) and not b[:, a.shape[1]:].any()
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often the host would wait for an accelerator."""
+    count = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten._local_scalar_dense
+        return func(*args, **kwargs or {})
+
+
+def test_growth_does_not_wait_for_an_accelerator_at_each_segment(monkeypatch):
+    monkeypatch.setattr("memformers.knn._on_host", lambda t: False)
+    store, fresh = growing(2, 4000), growing(2, 4000)
+    with Looks() as looks:
+        for i in range(500):
+            # Documents of twenty segments: the bound is too high after a reset, the store is not.
+            if i % 20 == 0: store = reset(store, torch.tensor([True, True]))
+            store = store.write(numbered(i, 5, 2))
+    assert store.capacity == 128 and looks.count < 60
+    with Looks() as looks:
+        for i in range(1000): fresh = fresh.write(numbered(i, 5, 2))
+    assert fresh.capacity == 4000 and looks.count == 10   # 8 slots, 16, …, 4000
+    memory = KNNMemory(3, 4000)
+    with Looks() as looks:
+        for i in range(1000): memory.add(numbered(i, 5))
+    # `add` looks for NaN, since here the tensors are on the host after all.
+    assert memory.capacity == 4000 and looks.count <= 10 + 1000
+
+
+def test_a_store_is_loaded_whatever_its_size(tmp_path):
+    for n in (0, 3, 40):
+        store = growing(2, 10).write(numbered(1, n, 2)) if n else growing(2, 10)
+        save_memory(store, tmp_path / "s.safetensors")
+        again = load_memory(tmp_path / "s.safetensors", like=growing(2, 10))
+        assert torch.equal(again.kv, store.kv) and again.max_memories == 10
+        assert torch.equal(again.write(numbered(50, 9, 2)).kv, store.write(numbered(50, 9, 2)).kv)
+    for like, message in ((growing(2, 11), "max_memories is 10 in the file, expected 11"),
+                          (growing(3, 10), "kv is 2×…×2×3 float32 in the file, expected 3×…×2×3"),
+                          (growing(2, 10, torch.float16), "expected 2×…×2×3 float16")):
+        with pytest.raises(ValueError, match=message):
+            load_memory(tmp_path / "s.safetensors", like=like)
 
 
 def test_a_store_made_in_inference_mode_counts_its_writes():

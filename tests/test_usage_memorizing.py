@@ -319,12 +319,28 @@ def test_a_reset_before_the_carry_writes_nothing_to_that_row():
 def test_memory_bytes_and_a_larger_memory_at_evaluation(tmp_path):
     model = small()
     memory = model.init_memory(2, max_knn_memories=100)
-    assert nbytes(memory) == 2 * 100 * 2 * 8 * 4 + 2 * 8 + 2 * 8
+    assert nbytes(memory, full=True) == 2 * 100 * 2 * 8 * 4 + 2 * 8 + 2 * 8
+    assert nbytes(memory) == 2 * 8 + 2 * 8
     for i in range(9): memory = carry(model.step(text(seed=i), memory).memory)
     assert memory.knn.fill.flatten().tolist() == [72, 72]
     save_memory(memory, tmp_path / "m.safetensors")
     again = load_memory(tmp_path / "m.safetensors", model.init_memory(2, max_knn_memories=100))
     assert torch.equal(model.step(text(), again).logits, model.step(text(), memory).logits)
+
+
+def test_a_memory_of_the_default_capacity_costs_nothing_until_it_is_written():
+    model = MemorizingTransformer(num_tokens=32, dim=64, depth=2, dim_head=64, seq_len=8)
+    memory = model.init_memory(1)
+    assert nbytes(memory) < 100 and nbytes(memory, full=True) > 250_000 * 2 * 64 * 4
+    memory = carry(model.step(text(rows=1), memory).memory)
+    assert nbytes(memory) < 8 * 2 * 64 * 4 + 100   # eight tokens
+    # XL memories fill first: what they discard is what is written.
+    model = small(xl_max_memories=10, max_knn_memories=100)
+    memory, sizes = None, []
+    for i in range(4):
+        memory = carry(model.step(text(seed=i), memory).memory)
+        sizes.append(memory.knn.capacity)
+    assert sizes == [0, 8, 16, 32]
 
 
 def test_generation_reads_the_memory():
