@@ -58,27 +58,50 @@ def largest_in_groups(
     top = largest(members, k)
     return members.gather(1, top), columns.gather(1, top)
 
-# %% ../nbs/11_knn.ipynb #d945a9b8
+# %% ../nbs/11_knn.ipynb #99b61c0f
 _CHUNK = 2 ** 16   # keys that are compared at a time
 _BUFFER = 2 ** 23  # scores that are held at a time: 32 MiB in float32
+_TILE = 2 ** 11    # keys whose scores for those queries stay in the cache
 
 def _on_host(t): return t.device.type == "cpu"
 
 def _wide(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
+def _search_block(queries, keys, there, k, buffer, size, tile):
+    "Products and columns of the `k` nearest keys; `buffer` has room for whole tiles."
+    n, m = len(queries), len(keys)
+    width = -(-m // tile) * tile
+    scores, best = buffer[:n * width].view(n, width), []
+    scores[:, m:] = -torch.inf
+    for first in range(0, m, tile):
+        part = keys[first:first + tile].T
+        torch.mm(queries, part, out=scores[:, first:first + part.shape[1]])
+        if there is not None: scores[:, first:m].masked_fill_(~there[first:], -torch.inf)
+        # Member i of a tile's group j stands in its column i·groups + j.
+        best.append(scores[:, first:first + tile].unflatten(1, (size, -1)).amax(1))
+    groups, group = tile // size, largest_in_groups(torch.cat(best, 1), k)[1]
+    start = group // groups * tile + group % groups
+    members = torch.arange(0, tile, groups, device=keys.device)[:, None]
+    columns = (start[:, None] + members).flatten(1)
+    scores = scores.gather(1, columns)
+    top = largest(scores, k)
+    return scores.gather(1, top), columns.gather(1, top)
+
+# %% ../nbs/11_knn.ipynb #019580f8
 def _search_row(keys, there, queries, k):
     "Scores and slots of the `k` nearest among keys (m, d); `there` (m,) bool, None: all."
     parts, queries = [], _wide(queries)
-    buffer = queries.new_empty(min(_BUFFER, len(queries) * min(len(keys), _CHUNK)))
     for first in range(0, len(keys), _CHUNK):
-        chunk = _wide(keys[first:first + _CHUNK]).to(queries.dtype).T
-        m = chunk.shape[1]
-        step = max(1, min(_BUFFER // m, 512))
-        found = []
-        for block in queries.split(step):
-            scores = torch.mm(block, chunk, out=buffer[:len(block) * m].view(len(block), m))
-            if there is not None: scores.masked_fill_(~there[first:first + m], -torch.inf)
-            found.append(largest_in_groups(scores, min(k, m)))
+        chunk = _wide(keys[first:first + _CHUNK]).to(queries.dtype)
+        if len(queries) > 256: chunk = chunk.contiguous()  # where several blocks read it
+        m = len(chunk)
+        size = max(1, min(16, math.isqrt(m // min(k, m))))
+        tile = -(-min(m, _TILE if _on_host(keys) else m) // size) * size
+        step = max(1, min(512, _BUFFER // (m + tile), len(queries)))
+        buffer = queries.new_empty(step * (m + tile))
+        mask = None if there is None else there[first:first + _CHUNK]
+        found = [_search_block(block, chunk, mask, min(k, m), buffer, size, tile)
+                 for block in queries.split(step)]
         score, slot = (torch.cat(part) for part in zip(*found))
         parts.append((score, slot + first))
     score, slot = (torch.cat(part, 1) for part in zip(*parts))
@@ -97,7 +120,7 @@ def nearest(
     r, q, _ = queries.shape
     on_host = _on_host(keys)
     dtype = torch.promote_types(torch.float32, queries.dtype)
-    scores = torch.zeros(r, q, topk, dtype=dtype, device=keys.device)
+    scores = torch.full((r, q, topk), -torch.inf, dtype=dtype, device=keys.device)
     slots = torch.zeros(r, q, topk, dtype=torch.long, device=keys.device)
     # Reading the fill would make the host wait for an accelerator: there all slots are masked.
     filled = fill.tolist() if on_host else [keys.shape[1]] * r
@@ -106,10 +129,8 @@ def nearest(
         there = None if on_host else torch.arange(m, device=keys.device) < fill[row]
         k = min(topk, m)
         scores[row, :, :k], slots[row, :, :k] = _search_row(keys[row, :m], there, queries[row], k)
-    if on_host:
-        found = torch.arange(topk) < fill[:, None, None]
-    else: found = scores > -torch.inf
-    return scores.masked_fill(~found, 0), slots.masked_fill(~found, 0), found.expand(r, q, topk)
+    found = scores > -torch.inf
+    return scores.masked_fill(~found, 0), slots.masked_fill(~found, 0), found
 
 # %% ../nbs/11_knn.ipynb #ace73fc3
 def _counts(written, new, mask):
@@ -322,8 +343,23 @@ class _Folder:
         # Also when it is forgotten, or the interpreter ends.
         self.close = weakref.finalize(self, _close_folder, self.path, self.lock, temporary)
 
-    def header(self):
-        "What the folder holds, or None where it is new."
+    def open(self, sizes):
+        "Keys and values of the memory that the folder holds; None where it is new."
+        try:
+            header = self._header()
+            if header is None: return None
+            wrong = [f"{k} is {header[k]} there, {v} here" for k, v in sizes.items()
+                     if header[k] != v]
+            if wrong: raise ValueError(f"path: {self.path} holds another memory: "
+                                       + ", ".join(wrong))
+            return self.map(header)
+        except Exception:   # what was refused is not kept locked, and never removed
+            self.close.detach()
+            self.lock.release()
+            raise
+
+    def _header(self):
+        "What the folder says that it holds."
         file = self.path / "memory.json"
         if not file.exists():
             if (self.path / "kv.bin").exists():
@@ -335,7 +371,7 @@ class _Folder:
             raise ValueError(f"path: {file} is damaged: {error}") from error
 
     def map(self, header):
-        "The tensors of the store, in the files: kv, begun and done."
+        "The tensors of the store, in the files: keys and values, and the counts."
         rows, capacity, dim = header["num_indices"], header["max_memories"], header["dim"]
         dtype, numbers = _DTYPES[header["dtype"]], self.path / "numbers.bin"
         size, new = rows * capacity * 2 * dim, not (self.path / "memory.json").exists()
@@ -347,7 +383,9 @@ class _Folder:
         if new:
             with whole_file(self.path / "memory.json") as draft:
                 draft.write_text(json.dumps(header))
-        return kv.view(rows, capacity, 2, dim)
+        kv = kv.view(rows, capacity, 2, dim)
+        self.mend(kv)
+        return kv
 
     def flush(self):
         "Wait until everything is on the disk."
@@ -488,13 +526,23 @@ class _Rows:
         self._store, self._rows, self._closed = None, None, False
         self._indexes = [_FaissRow(index) for _ in range(num_indices)]
         self._folder = None if path is None else _Folder(path, temporary)
-        if self._folder is not None: self._open()
+        kv = None if path is None else self._folder.open(self._sizes)
+        if kv is not None: self._adopt(kv)
 
     def __repr__(self):
         state = "closed" if self._closed else f"filled {self.fill.tolist()}"
         where = "" if self._folder is None else f", in {self._folder.path}"
         return (f"KNNMemory({self.num_indices} rows of up to {self.max_memories} memories of width "
                 f"{self.dim}, {state}, {self.backend} {self.index}{where})")
+
+    @property
+    def _sizes(self):
+        return dict(dim=self.dim, max_memories=self.max_memories, num_indices=self.num_indices)
+
+    def _adopt(self, kv):
+        "Go on with the store that a folder holds."
+        self.dtype, self.device = kv.dtype, kv.device
+        self._store = KNNStore(kv, self._folder.done.clone())
 
     @property
     def rows(self) -> list[int]:
@@ -552,66 +600,38 @@ class _Scope(_Rows):
             raise ValueError(f"rows must be different indices from 0 to {b - 1}; got {rows}")
         return rows
 
-# %% ../nbs/11_knn.ipynb #4e2f4fd8
+# %% ../nbs/11_knn.ipynb #3b814ebc
+def _check_floats(name, t, memory, shape=()):
+    "Is `t` a float tensor of the shape that a memory expects, on its device?"
+    b, dim, store = len(memory.rows), memory.dim, memory._store
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        what = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be a tensor of floating point numbers; got {what}")
+    if t.ndim < 2 or t.shape[-1] != dim or len(t) != b or (shape and t.shape[2:] != shape):
+        form = "(rows, n, 2, dim)" if shape else "(rows, …, dim)"
+        raise ValueError(f"{name} must be {form} with {b} rows and dim = {dim}; got "
+                         f"{tuple(t.shape)}. `at_batch_indices` takes some of the rows.")
+    if store is not None and t.device != store.kv.device:
+        raise ValueError(f"{name} must be on the memory's device {store.kv.device}; got {t.device}")
+
 class _Writable(_Scope):
     "A memory that is written."
-    def _open(self):
-        "Map the files of a folder that holds a memory."
-        try:
-            header = self._folder.header()
-            if header is None: return
-            mine = dict(dim=self.dim, max_memories=self.max_memories, num_indices=self.num_indices)
-            wrong = [f"{k} is {header[k]} there, {v} here" for k, v in mine.items()
-                     if header[k] != v]
-            if wrong: raise ValueError(f"path: {self._folder.path} holds another memory: "
-                                       + ", ".join(wrong))
-            self._map(_DTYPES[header["dtype"]])
-        except Exception:
-            self._folder.close.detach()
-            self._folder.lock.release()
-            raise
-
-    def _map(self, dtype):
-        folder, name = self._folder, str(dtype).removeprefix("torch.")
-        kv = folder.map(dict(dim=self.dim, max_memories=self.max_memories,
-                             num_indices=self.num_indices, dtype=name))
-        folder.mend(kv)
-        self.dtype, self.device = dtype, torch.device("cpu")
-        self._store = KNNStore(kv, folder.done.clone())
-
-    def _ready(self, like):
-        "The store, made for tensors such as `like` where there is none."
+    def _begin(self, like):
+        "Make the store, for tensors such as `like`, where there is none."
         if self._closed: raise ValueError("this memory is closed; open it anew from its path")
-        if self._store is None:
-            self.device, self.dtype = self.device or like.device, self.dtype or like.dtype
-            if self._folder is not None: self._map(self.dtype)
-            else: self._store = KNNStore(
-                torch.zeros(self.num_indices, 0, 2, self.dim, device=self.device,
-                            dtype=self.dtype),
-                torch.zeros(self.num_indices, dtype=torch.long, device=self.device),
-                self.max_memories)
-        return self._store
-
-# %% ../nbs/11_knn.ipynb #3b814ebc
-class _Growing(_Writable):
-    "A memory that is checked."
-    def _check(self, name, t, shape, b):
-        "Is `t` a float tensor of the shape expected, on the memory's device?"
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            what = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{name} must be a tensor of floating point numbers; got {what}")
-        if t.ndim < 2 or t.shape[-1] != self.dim or len(t) != b or (shape and t.shape[2:] != shape):
-            form = "(rows, n, 2, dim)" if shape else "(rows, …, dim)"
-            raise ValueError(f"{name} must be {form} with {b} rows and dim = {self.dim}; got "
-                             f"{tuple(t.shape)}. `at_batch_indices` takes some of the rows.")
-        if self._store is not None and t.device != self._store.kv.device:
-            raise ValueError(f"{name} must be on the memory's device {self._store.kv.device}; got "
-                             f"{t.device}")
+        if self._store is not None: return
+        self.device, self.dtype = self.device or like.device, self.dtype or like.dtype
+        if self._folder is not None:
+            dtype = str(self.dtype).removeprefix("torch.")
+            self._adopt(self._folder.map(self._sizes | dict(dtype=dtype)))
+            return
+        kv = torch.zeros(self.num_indices, 0, 2, self.dim, device=self.device, dtype=self.dtype)
+        written = torch.zeros(self.num_indices, dtype=torch.long, device=self.device)
+        self._store = KNNStore(kv, written, self.max_memories)
 
     def add(self, memories: Tensor, mask: Tensor | None = None):
         "Add (rows, n, 2, dim) keys and values, oldest first; `mask` (rows, n): which of them."
-        b = len(self.rows)
-        self._check("memories", memories, (2, self.dim), b)
+        _check_floats("memories", memories, self, (2, self.dim))
         if mask is not None and (mask.dtype != torch.bool or mask.shape != memories.shape[:2]):
             raise ValueError(f"mask must be bool of shape {tuple(memories.shape[:2])}; got "
                              f"{mask.dtype} of shape {tuple(mask.shape)}")
@@ -619,7 +639,7 @@ class _Growing(_Writable):
         if memories.device.type == "cpu" and memories.isnan().any():
             raise ValueError("memories must not be NaN; rows "
                              f"{memories.isnan().flatten(1).any(1).nonzero()[:, 0].tolist()} are")
-        self._ready(memories)
+        self._begin(memories)
         if self._rows is not None: memories, mask = self._everywhere(memories, mask)
         if self._folder is None:
             self._store = self._store.write(memories, mask)
@@ -639,7 +659,7 @@ class _Growing(_Writable):
         return whole, real
 
 # %% ../nbs/11_knn.ipynb #788ee654
-class _Searchable(_Growing):
+class _Searchable(_Writable):
     "A memory that is searched."
     def nearest(self, queries: Tensor, topk: int):
         "Inner products, slots and bool found, each (rows, q, topk), in no order."
@@ -654,7 +674,7 @@ class _Searchable(_Growing):
     ) -> tuple[Tensor, Tensor]: # (rows, …, topk, 2, dim) and (rows, …, topk) bool
         "The memories with the largest inner products with each query, best first; then zeros."
         if self._closed: raise ValueError("this memory is closed; open it anew from its path")
-        self._check("queries", queries, None, len(self.rows))
+        _check_floats("queries", queries, self)
         if not 1 <= topk <= self.max_memories:
             raise ValueError(f"topk must lie between 1 and max_memories = {self.max_memories}; got "
                              f"{topk}")
@@ -686,11 +706,11 @@ _FILE = "memformers.knn.1"
 
 class _Copies(_Searchable):
     "A memory that is copied, resized and merged."
-    def _like(self, max_memories=None):
+    def _like(self, max_memories):
         "An empty memory of the same kind, in memory."
-        return KNNMemory(self.dim, max_memories or self.max_memories, self.num_indices,
-                         self.backend, self.index, self.effort, device=self.device,
-                         dtype=self.dtype)
+        sizes = self._sizes | dict(max_memories=max_memories)
+        return KNNMemory(**sizes, backend=self.backend, index=self.index, effort=self.effort,
+                         device=self.device, dtype=self.dtype)
 
     def clone(self):
         "A copy of all rows, in memory, that shares nothing with this one."
@@ -731,8 +751,7 @@ class KNNMemory(_Copies):
     "A store of keys and values for each of several rows, with search for the nearest keys."
     def save(self, path):
         "Write the memory to a file `….safetensors`, whatever it is kept in."
-        header = dict(format=_FILE, dim=self.dim, max_memories=self.max_memories,
-                      num_indices=self.num_indices, backend=self.backend, index=self.index,
+        header = dict(format=_FILE, **self._sizes, backend=self.backend, index=self.index,
                       effort=self.effort)
         tensors = {}
         if self._store is not None:

@@ -199,6 +199,60 @@ def test_a_search_works_in_blocks():
     assert largest.bytes < 2 ** 26   # all products together are 1.1 GB
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read in /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_a_search_takes_less_than_half_a_gigabyte(dtype):
+    """What the process really takes at its peak, beside keys and queries; all products: 1.1 GB."""
+    code = textwrap.dedent(f"""
+        import torch
+        from memformers.knn import nearest
+        def kilobytes(name):
+            lines = open("/proc/self/status").read().splitlines()
+            return int(next(line.split()[1] for line in lines if line.startswith(name + ":")))
+        kv = torch.randn(1, 70_000, 2, 64).to(torch.{dtype})
+        q, fill = torch.randn(1, 4096, 64).to(torch.{dtype}), torch.tensor([70_000])
+        nearest(kv[:, :10, 0], torch.tensor([10]), q[:, :10], 3)
+        before = kilobytes("VmRSS")
+        nearest(kv[:, :, 0], fill, q, 32)
+        print(kilobytes("VmHWM") - before)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert 2 ** 14 < int(done.stdout) < 2 ** 19   # and it is the search that was measured
+
+
+@pytest.mark.parametrize("m", [40, 96, 97, 2047, 2048, 2049, 5000, 70_001])
+def test_the_last_tile_may_be_short(m):
+    """All products are negative: a column that belongs to no key would win."""
+    gen = torch.Generator().manual_seed(m)
+    keys, q = torch.rand(1, m, 4, generator=gen), -torch.rand(1, 300, 4, generator=gen)
+    want = (q[0] @ keys[0].T).topk(3)
+    for some in (q, q[:, :5]):
+        scores, slots, found = nearest(keys, torch.tensor([m]), some, 3)
+        assert found.all() and slots.max() < m
+        scores, slots = scores[0].sort(1, descending=True).values, slots[0]
+        torch.testing.assert_close(scores, want.values[:len(slots)])
+        again = (q[0, :len(slots)] @ keys[0].T).gather(1, slots).sort(1, descending=True).values
+        torch.testing.assert_close(scores, again)
+
+
+def test_the_search_of_an_accelerator_is_the_same(monkeypatch):
+    """There nobody looks how many memories there are: all slots are compared, and masked."""
+    gen = torch.Generator().manual_seed(0)
+    keys, q = torch.randn(3, 5000, 8, generator=gen), torch.randn(3, 20, 8, generator=gen)
+    fill = torch.tensor([5000, 7, 0])
+    def in_order():
+        scores, slots, found = nearest(keys, fill, q, 9)
+        order = scores.masked_fill(~found, -torch.inf).argsort(2, descending=True)
+        return [x.gather(2, order) for x in (scores, slots, found)]
+
+    here = in_order()
+    monkeypatch.setattr("memformers.knn._on_host", lambda t: False)
+    with Looks() as looks: there = in_order()
+    assert looks.count == 0 and torch.equal(here[2], there[2])
+    for a, b in zip(here[:2], there[:2]): torch.testing.assert_close(a, b)
+
+
 # faiss
 
 @pytest.mark.parametrize("index", ["flat", "ivf", "hnsw"])
