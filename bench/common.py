@@ -40,11 +40,13 @@ def interleaved(cases: dict, rounds: int = 7) -> dict:
 
 
 def markdown(table: dict) -> str:
-    """A table as text."""
+    """A table as text, with every column that some row has."""
     rows = table["rows"]
-    unit = next(iter(next(iter(rows.values()))))
-    lines = [f"### {table['title']}", "", f"| | {unit} | ratio |", "|---|--:|--:|"]
-    return "\n".join([*lines, *(f"| {k} | {r[unit]} | {r['ratio']} |" for k, r in rows.items())])
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"### {table['title']}", "", f"| | {' | '.join(columns)} |",
+             f"|---|{'--:|' * len(columns)}"]
+    cells = lambda row: " | ".join(str(row.get(name, "")) for name in columns)
+    return "\n".join([*lines, *(f"| {name} | {cells(row)} |" for name, row in rows.items())])
 
 
 def table(title: str, ms: dict, reference: str, unit: str = "ms") -> dict:
