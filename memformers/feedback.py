@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FeedbackMemory', 'window_offset', 'remembered', 'in_window', 'LearnedPositions', 'attend', 'FeedbackLayer', 'Front',
-           'Read', 'Block', 'FeedbackStack', 'append', 'open_block', 'Report', 'solve_sequential', 'settled_after',
-           'solve_parallel', 'one_pass', 'write', 'FeedbackSegment', 'attention_to_entries', 'FeedbackTransformer']
+           'Read', 'Block', 'FeedbackStack', 'append', 'open_block', 'keys_of', 'Report', 'solve_sequential',
+           'change_of', 'settled_after', 'solve_parallel', 'one_pass', 'write', 'FeedbackSegment',
+           'attention_to_entries', 'FeedbackTransformer']
 
 # %% ../nbs/23_feedback.ipynb #8d075b79
 import warnings
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import FeedForward, T5Positions, distances, relative_shift, used_slots
+from .layers import (FeedForward, T5Positions, attend_weights, distances, relative_shift,
+                               used_slots)
 from .memory import carry, filled, memory_state, push, shared, slots
 from .model import LayerAttention, MemoryLM, Step, init_weights
 
@@ -89,9 +91,11 @@ def attend(
     keep: Tensor | None = None, # dropout mask of the weights, (b, heads, n, keys)
 ) -> Tensor:                    # (b, heads, n, dim_head)
     "Attention with given dropout, so that it can be computed again (2)."
-    if keep is None: return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    weights = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1) * keep
-    return weights.to(v.dtype) @ v
+    bias = bias.to(q.dtype)
+    if keep is None and not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.detach())
+    weights = attend_weights(q, k, bias.expand(*q.shape[:3], -1))
+    return (weights if keep is None else (weights * keep).to(v.dtype)) @ v
 
 # %% ../nbs/23_feedback.ipynb #1a54371d
 class FeedbackLayer(nn.Module):
@@ -148,6 +152,7 @@ class Block(NamedTuple):
     start: Tensor             # (1 or b, n) where the window of a token begins in the block
     guess: Tensor             # (b, n, dim) entries to begin with
     keep: tuple | None        # dropout masks, the same in every pass
+    rate: Tensor | None = None # (b, 1) of the block before, see `Report`
 
     def tensors(self):
         "Those that may need a gradient."
@@ -276,11 +281,12 @@ def open_block(
     x: Tensor,              # (b, n, dim) embeddings
     memory: FeedbackMemory,
     guess: Tensor,          # (b, n, dim) entries to begin with
+    kv: tuple | None = None, # keys and values of the memory; None: compute them
 ) -> Block:
     "What stands in front of a block, and what each of its tokens may read (3)."
     n, w, total = x.shape[1], stack.seq_len, memory.mem.shape[1]
     c = used_slots(memory.fill, total)
-    k, v = stack.keys_values(memory.mem[:, total - c:].to(x.dtype))
+    k, v = (t[:, :, total - c:] for t in kv or keys_of(stack, memory))
     fill, opened = _one_row(memory.fill, memory.open)
     offset = window_offset(opened, n, w)
     ok = remembered(distances(n, c + n, device=x.device), offset, total - w + 1)
@@ -298,6 +304,16 @@ def open_block(
                  guess, _masks(stack, x, bias, own))
 
 # %% ../nbs/23_feedback.ipynb #b8cadbe1
+def keys_of(
+    stack: FeedbackStack,
+    memory: FeedbackMemory,
+) -> list[Tensor]: # keys and values of all slots, each (b, heads, m, dim_head)
+    "Keys and values of a memory; those of empty slots are zero."
+    m = memory.mem.shape[1]
+    c = used_slots(memory.fill, m)
+    kv = stack.keys_values(memory.mem[:, m - c:].to(stack.to_kv.weight.dtype))
+    return [F.pad(t, (0, 0, m - c, 0)) for t in kv]
+
 def _one_row(fill, opened):
     "One row of them where all are the same, as far as the host can tell."
     if fill.device.type != "cpu" or torch.compiler.is_compiling(): return fill, opened
@@ -330,6 +346,8 @@ class Report(NamedTuple):
     residual: float = 0.0  # largest change, relative, among entries that a small change settled
     tokens: int = 0        # tokens computed, all passes together
     sequential: int = 0    # tokens that did not settle and were left to the sequential loop
+    change: Tensor | None = None # (b, 1) largest change in the last pass over a row
+    rate: Tensor | None = None   # (b, 1) that change as a share of the one before it
 
 class _Room:
     "Keys and values that grow: in place where no graph is kept."
@@ -337,12 +355,17 @@ class _Room:
         self.size, self.graph = front.k.shape[2], torch.is_grad_enabled()
         self.kv = front[:2] if self.graph else [F.pad(t, (0, 0, 0, more)) for t in front[:2]]
 
-    def add(self, k, v):
+    def ending(self, k, v):
+        "All that was added, then `k` and `v`, which are not: they may be a guess."
+        if self.graph: return append(self.kv, (k, v))
         end = self.size + k.shape[2]
-        if self.graph: self.kv = append(self.kv, (k, v))
-        else:
-            for room, new in zip(self.kv, (k, v)): room[:, :, self.size:end] = new
-        self.size = end
+        for room, new in zip(self.kv, (k, v)): room[:, :, self.size:end] = new
+        return [t[:, :, :end] for t in self.kv]
+
+    def add(self, k, v):
+        both = self.ending(k, v)
+        if self.graph: self.kv = both
+        self.size += k.shape[2]
 
     def filled(self): return [t[:, :, :self.size] for t in self.kv]
 
@@ -362,21 +385,32 @@ def solve_sequential(
         window = _roll(window, reads[-1])
     return reads
 
-# %% ../nbs/23_feedback.ipynb #19dc24c2
+# %% ../nbs/23_feedback.ipynb #fa451b65
+@torch.no_grad()
+def change_of(old: Tensor, new: Tensor) -> Tensor:
+    "How much each entry (b, n, dim) has changed, relative to its length: (b, n)."
+    return (new - old).norm(dim=-1) / new.norm(dim=-1).clamp(min=1e-30)
+
 @torch.no_grad()
 def settled_after(
     old: Tensor,     # (b, n, dim) entries before a pass
     new: Tensor,     # (b, n, dim) entries after it
     settled: Tensor, # (b, n) bool, before it
     start: Tensor,   # (1 or b, n) where the window of each token begins
-    tol: float,      # largest change, relative to the entry
-) -> tuple[Tensor, Tensor]: # (b, n) bool; the largest change that passed as small
+    tol: float,      # largest error, relative to the entry
+    rate: Tensor | float = 1.0,   # (b, 1) what a pass leaves of the error, as far as is known
+    before: Tensor | None = None, # (b, n) the changes of the pass before, which tell; None: none
+    more: int = 0,   # passes that will follow in any case
+) -> tuple[Tensor, Tensor, Tensor]: # (b, n) bool; (b, n) changes; the largest error that passed
     "Which tokens are settled after a pass (5)."
-    change = (new - old).norm(dim=-1) / new.norm(dim=-1).clamp(min=1e-30)
     # Whose memory had settled before the pass is exact after it, however much it changed.
     exact = start <= settled.cumprod(1).sum(1, keepdim=True)
-    now = (settled | exact | (change <= tol)).cumprod(1).bool()
-    return now, (change * (now & ~settled & ~exact)).amax()
+    change = change_of(old, new).masked_fill(settled | exact, 0).cummax(1).values
+    if before is not None: rate = (change / before.clamp(min=1e-30)).clamp(max=1)
+    # A pass that is still to come is trusted with half of its effect.
+    error = change * rate ** (1 + more / 2)
+    now = settled | exact | (error <= tol)
+    return now, change, (error * now).amax()
 
 # %% ../nbs/23_feedback.ipynb #9fc8f13f
 def solve_parallel(
@@ -385,33 +419,42 @@ def solve_parallel(
     mask: Tensor | None,   # (b, n) bool, True where a token is real
     tol: float = 1e-4,
     max_passes: int = 32,
+    more: int = 0,         # passes that will follow in any case
 ) -> tuple[list[Read], Report]:
     "Read all tokens at once on a guess of their entries, until each has settled (4, 5)."
-    n, at, now, guess, front = block.x.shape[1], 0, None, block.guess, block.front
+    n, at, now, guess, window = block.x.shape[1], 0, None, block.guess, block.front.window
     settled = guess.new_zeros(guess.shape[:2], dtype=torch.bool) if mask is None else ~mask
-    limit = max(tol, torch.finfo(front.k.dtype).eps)
+    limit = max(tol, torch.finfo(block.front.k.dtype).eps)
+    room, before, last = _Room(block.front, n), None, guess.new_zeros(len(guess), 1)
+    rate = torch.ones_like(last) if block.rate is None else block.rate
     reads, residual, passes, tokens = [], guess.new_zeros(()), 0, 0
     while at < n and passes < max_passes:
-        both = append(front[:2], stack.keys_values(guess))
-        new = stack(block, at, None, Front(*both, front.window))
+        new = stack(block, at, None, Front(*room.ending(*stack.keys_values(guess)), window))
         passes, tokens = passes + 1, tokens + n - at
-        after, change = settled_after(guess, new.entries, settled, block.start[:, at:] - at, limit)
-        residual = torch.maximum(residual, change)
+        after, before, error = settled_after(guess, new.entries, settled, block.start[:, at:] - at,
+                                             limit, rate, before, more)
+        residual = torch.maximum(residual, error)
+        last, rate = _pace(last, rate, before[:, -1:])
         now = new if now is None else _hold(settled, now, new)
         # What has settled in all rows joins the front and is not computed again.
         move = int(after.all(0).cumprod(0).sum())
         done = _each(now, lambda t, dim: t.narrow(dim, 0, move))
         now = _each(now, lambda t, dim: t.narrow(dim, move, t.shape[dim] - move))
-        guess, settled, at = now.entries, after[:, move:], at + move
+        guess, settled, before, at = now.entries, after[:, move:], before[:, move:], at + move
         if move:
             reads.append(done)
-            front = Front(*append(front[:2], stack.keys_values(done.entries)),
-                          _roll(front.window, done))
+            if at < n: room.add(*stack.keys_values(done.entries))
+            window = _roll(window, done)
     if at < n:
         warnings.warn(f"{n - at} of {n} tokens did not settle to tol = {tol} in max_passes = "
                       f"{max_passes} passes; they were read one after the other")
-        reads += solve_sequential(stack, block, at, front)
-    return reads, Report([passes], float(residual), tokens, n - at)
+        reads += solve_sequential(stack, block, at, Front(*room.filled(), window))
+    return reads, Report([passes], float(residual), tokens, n - at, last, rate)
+
+def _pace(last, rate, change):
+    "The last change of each row and its share of the one before; who has settled keeps his."
+    seen, ratio = change > 0, (change / last.clamp(min=1e-30)).clamp(max=1)
+    return torch.where(seen, change, last), torch.where(seen & (last > 0), ratio, rate)
 
 def _hold(settled, old, new):
     "The old values of tokens that had settled, the new ones of the others."
@@ -419,41 +462,64 @@ def _hold(settled, old, new):
     held, news = {1: settled[..., None], 2: settled[:, None, :, None]}, iter(new)
     return _each(old, lambda t, dim: torch.where(held[dim], t, next(news)))
 
-# %% ../nbs/23_feedback.ipynb #6c14c55b
+# %% ../nbs/23_feedback.ipynb #59682c7c
 class _Implicit(torch.autograd.Function):
-    "The solution of a block, found without a graph; backward solves the adjoint equation (6)."
+    "The solution of a block. Its last pass alone has a graph, with which backward solves (6)."
     @staticmethod
     def forward(ctx, model, block, mask, *tensors):
-        read = model.find(block, mask)
+        found = model.find(block, mask, more=1)
         ctx.set_materialize_grads(False)
-        ctx.stack, ctx.tol = model.stack, max(model.tol, torch.finfo(read.entries.dtype).eps)
-        ctx.block = block.with_tensors(*[None] * 7)
-        kind = block.x.device.type
-        ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
-                            enabled=torch.is_autocast_enabled(kind))
-        ctx.save_for_backward(read.entries, *tensors)
-        return tuple(t for t in read if t is not None)
+        ctx.stack, ctx.block = model.stack, block.with_tensors(*[None] * 7)
+        ctx.save_for_backward(found.entries, *tensors)
+        ctx.last_pass = _last_pass(ctx.stack, ctx.block, found.entries, tensors)
+        read = [t.detach() for t in ctx.last_pass[2]]
+        model.report = _look_again(model.report, found.entries, read[1], mask)
+        ctx.rate = 1.0 if model.report.rate is None else float(model.report.rate.max())
+        # As fine as the place where the graph was made, which is one pass before the solution.
+        ctx.tol = max(model.tol ** 0.5, torch.finfo(read[1].dtype).eps)
+        return tuple(read)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         entries, *tensors = ctx.saved_tensors
-        data = [None if t is None else t.detach().requires_grad_(t.requires_grad)
-                for t in tensors[:7]]
-        entries = entries.detach().requires_grad_()
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            out = [t for t in one_pass(ctx.stack, ctx.block.with_tensors(*data), entries)
-                   if t is not None]
-        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(out, grads)]
-        pull = lambda to, adjoint: torch.autograd.grad(
-            out, to, [grads[0], adjoint, *grads[2:]], retain_graph=True, allow_unused=True)
-        adjoint = grads[1]
+        # The graph serves once, and is then free; who comes again pays for another pass.
+        data, entries, out = ctx.last_pass or _last_pass(ctx.stack, ctx.block, entries, tensors)
+        ctx.last_pass, rate, size = None, ctx.rate, None
+        if all(g is None for g in grads): return (None,) * (3 + len(tensors))
+        adjoint, part = grads[1], _pull(out, grads, [entries])[0]
         for _ in range(entries.shape[1]):
-            before, adjoint = adjoint, grads[1] + pull([entries], adjoint)[0]
-            if (adjoint - before).norm() <= ctx.tol * adjoint.norm(): break
+            if part is None: break
+            adjoint = part if adjoint is None else adjoint + part
+            size, before = part.norm(), size
+            if before is not None: rate = size / before
+            if size * rate <= ctx.tol * adjoint.norm(): break
+            part = _pull(out, (None, part), [entries])[0]
         wanted = [t is not None and t.requires_grad for t in (*data, *tensors[7:])]
-        found = iter(pull([t for t, w in zip((*data, *tensors[7:]), wanted) if w], adjoint))
+        found = iter(_pull(out, (grads[0], adjoint, *grads[2:]),
+                           [t for t, w in zip((*data, *tensors[7:]), wanted) if w]))
         return None, None, None, *(next(found) if w else None for w in wanted)
+
+# %% ../nbs/23_feedback.ipynb #cc098338
+def _last_pass(stack, block, entries, tensors):
+    "A pass with a graph of its own: what it may reach, the entries that it reads, what it gives."
+    data = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors[:7]]
+    entries = entries.detach().requires_grad_()
+    with torch.enable_grad(): read = one_pass(stack, block.with_tensors(*data), entries)
+    return data, entries, [t for t in read if t is not None]
+
+def _pull(out, grads, to):
+    "The gradients of `to`, from those of `out`; None: no gradient."
+    out, grads = zip(*((t, g) for t, g in zip(out, grads) if g is not None))
+    return torch.autograd.grad(out, to, grads, retain_graph=True, allow_unused=True)
+
+def _look_again(report, old, new, mask):
+    "The report after one more pass."
+    if report.change is None: return report
+    change = change_of(old, new)
+    if mask is not None: change = change * mask
+    pace = _pace(report.change, report.rate, change.amax(1, keepdim=True))
+    return report._replace(change=pace[0], rate=pace[1])
 
 def one_pass(stack: FeedbackStack, block: Block, entries: Tensor) -> Read:
     "Read a whole block on a guess of its entries (4)."
@@ -480,7 +546,8 @@ def write(
 def _sum(reports):
     "One report for all blocks."
     return Report([p for r in reports for p in r.passes], max(r.residual for r in reports),
-                  sum(r.tokens for r in reports), sum(r.sequential for r in reports))
+                  sum(r.tokens for r in reports), sum(r.sequential for r in reports),
+                  *reports[-1][4:])
 
 def _check_window(memory, seq_len):
     "Slots of a memory may be more or fewer; those of the window may not."
@@ -568,27 +635,28 @@ class _Place:
         out = attend(q, k, v, bias.masked_fill(self.hidden, -torch.inf))
         return out.masked_fill(self.blind, 0)
 
-# %% ../nbs/23_feedback.ipynb #754686ab
+# %% ../nbs/23_feedback.ipynb #da0b1d72
 def _read_token(stack, segment, x):
-    "The last layer's output for one more token of every row, which is written into the segment."
-    place, states = _Place(segment, stack.seq_len), []
+    """The last layer's output (b, dim) for one more token of every row, x (b, dim), which is
+    written into the segment. The layer as above, without the dimension of tokens: half the calls."""
+    place, states, w = _Place(segment, stack.seq_len), [], stack.seq_len
     seen, where = slice(place.first, place.last), place.positions(segment.projected)
-    front = segment.keys[:, :, seen], segment.values[:, :, seen]
+    heads = lambda t: t.view(len(x), -1, 1, stack.dim_head)
+    kv = segment.keys[:, :, seen], segment.values[:, :, seen]
     for i, layer in enumerate(stack.layers):
         states.append(x)
-        def look(q, h):
-            kv = front
-            if stack.seq_len > 1:
-                own = segment.own[:, i]
-                own[:, :, place.own_at:place.own_at + 1] = torch.cat(stack.split(h), 1)
-                kv = append(kv, own[:, :, place.own_first:place.own_at + 1].chunk(2, 1))
-            return place.look(q, *kv, where)
-        x = layer(x, look)
+        h, both = layer.norm_attention(x), kv
+        if w > 1:
+            own = segment.own[:, i]
+            own[:, :, place.own_at:place.own_at + 1] = heads(stack.to_kv(h))
+            both = append(kv, own[:, :, place.own_first:place.own_at + 1].chunk(2, 1))
+        x = x + layer.to_out(place.look(heads(layer.to_q(h)), *both, where).flatten(1))
+        x = x + layer.feed_forward(layer.norm_feed(x))
     entry = stack.mix(states + [x])
-    segment.entries[:, place.t] = entry[:, 0]
-    if stack.seq_len > 1: segment.inputs[:, :, place.t] = torch.cat(states, 1)
-    for room, new in zip((segment.keys, segment.values), stack.keys_values(entry)):
-        room[:, :, place.at] = new[:, :, 0]
+    segment.entries[:, place.t] = entry
+    if w > 1: segment.inputs[:, :, place.t] = torch.stack(states, 1)
+    new = heads(stack.to_kv(stack.norm_memory(entry))).chunk(2, 1)
+    for room, t in zip((segment.keys, segment.values), new): room[:, :, place.at:place.at + 1] = t
     return x
 
 # %% ../nbs/23_feedback.ipynb #8a75d43b
@@ -681,17 +749,21 @@ class FeedbackTransformer(MemoryLM):
 
     def read(self, tokens: Tensor, memory: FeedbackMemory, mask: Tensor | None) -> Step:
         _check_window(memory, self.window_len)
-        x, last, drift, reports = self.embed(tokens), [], 0, []
-        parts = x.split(self.block_len, 1)
+        x, last, drift, reports, w = self.embed(tokens), [], 0, [Report()], self.window_len
+        parts, kv = x.split(self.block_len, 1), keys_of(self.stack, memory)
         masks = [None] * len(parts) if mask is None else mask.split(self.block_len, 1)
-        for part, real in zip(parts, masks):
+        for i, (part, real) in enumerate(zip(parts, masks), 1):
             # A warm start: the entries will be as far from the embeddings as those before.
-            read = self._solve(open_block(self.stack, part, memory, part.detach() + drift), real)
+            block = open_block(self.stack, part, memory, part.detach() + drift, kv)
+            read = self._solve(block._replace(rate=reports[-1].rate), real)
             drift = (read.entries - part).detach().mean(1, keepdim=True)
-            memory = write(memory, read, real, self.window_len)
+            if i < len(parts):
+                new = self.stack.keys_values(read.entries)
+                kv = [push(old, memory.fill, t, real)[0] for old, t in zip(kv, new)]
+            memory = write(memory, read, real, w)
             last.append(read.last)
             reports.append(self.report)
-        self.report = _sum(reports)
+        self.report = _sum(reports[1:])
         return Step(self.to_logits(self.norm(torch.cat(last, 1))), memory, self.no_aux_loss())
 
     def _solve(self, block, mask):
@@ -699,10 +771,11 @@ class FeedbackTransformer(MemoryLM):
         out = _Implicit.apply(self, block, mask, *block.tensors(), *self.stack.parameters())
         return Read(*out, *[None] * (3 - len(out)))
 
-    def find(self, block: Block, mask: Tensor | None = None) -> Read:
-        "Solve a block with the model's solver, and report."
+    def find(self, block: Block, mask: Tensor | None = None, more: int = 0) -> Read:
+        "Solve a block with the model's solver, and report; `more` passes over it will follow."
         if self.solver == "parallel":
-            reads, self.report = solve_parallel(self.stack, block, mask, self.tol, self.max_passes)
+            reads, self.report = solve_parallel(self.stack, block, mask, self.tol, self.max_passes,
+                                                more)
         else:
             self.report = Report(tokens=block.x.shape[1])
             reads = solve_sequential(self.stack, block)
@@ -740,8 +813,8 @@ class FeedbackTransformer(MemoryLM):
             raise ValueError(f"the open segment has room for {self.seq_len} tokens; with these a "
                              f"row would have {int(length.max())}. Close it first.")
         if n == 1 and bool(new.all()) and bool((fresh == fresh[0]).all()) and fresh[0] < _ROOM:
-            last = _read_token(self.stack, segment, self.embed(tokens))
-            logits = self.to_logits(self.norm(last))
+            last = _read_token(self.stack, segment, self.embed(tokens[:, 0]))
+            logits = self.to_logits(self.norm(last))[:, None]
             return logits, replace(segment, length=length, fresh=fresh + 1)
         out = self.read(tokens, self.close_segment(segment), mask)
         return out.logits, replace(self.open_segment(out.memory), length=length)

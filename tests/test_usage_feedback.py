@@ -194,6 +194,29 @@ def test_parallel_is_sequential_within_the_tolerance(seq_len):
         assert model.report.residual <= tol and not model.report.sequential
 
 
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("std", [None, 0.1, 0.3])
+def test_the_error_is_what_was_promised(std, graph):
+    """The tolerance is one of the error, which is estimated, and not of the last change."""
+    x = text(3, 96)
+    with torch.no_grad():
+        right = make(std=std, mem_len=96, solver="sequential").step(x).memory.mem
+    for tol in (1e-1, 1e-2, 1e-3, 1e-5):
+        model = make(std=std, mem_len=96, tol=tol)
+        with torch.set_grad_enabled(graph): got = model.step(x).memory.mem
+        error = ((got - right).norm(dim=-1) / right.norm(dim=-1)).max()
+        assert error < 2 * tol, f"{error:.1e} at tol = {tol}"
+
+
+def test_a_gradient_may_be_asked_for_twice():
+    """The graph of the last pass is freed by the first backward, and made again by the second."""
+    model = make(block_len=4, tol=0)
+    loss = model(text()).square().mean()
+    once, again = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+                   for _ in range(2))
+    for a, b in zip(once, again): close(a, b)
+
+
 def test_no_token_is_read_more_often_than_needed():
     """As many passes as windows are always enough, whatever the tolerance."""
     for seq_len, most in ((1, 12), (2, 6), (5, 3)):
@@ -217,11 +240,12 @@ def test_a_token_settles_only_behind_a_settled_past():
     old = torch.ones(2, 4, 3)
     new = old.clone()
     new[0, 1], new[1, 0] = 2, 2
-    settled, change = settled_after(old, new, torch.zeros(2, 4).bool(), torch.arange(4)[None], 1e-3)
+    settled, _, change = settled_after(old, new, torch.zeros(2, 4).bool(), torch.arange(4)[None],
+                                       1e-3)
     # The first token of a block has nothing to wait for: it is exact, however much it changed.
     assert settled.tolist() == [[True, False, False, False], [True] * 4] and change == 0
-    settled, _ = settled_after(new, new * 1.01, torch.tensor([[True, False, False, False]] * 2),
-                               torch.arange(4)[None], 1e-3)
+    settled, *_ = settled_after(new, new * 1.01, torch.tensor([[True, False, False, False]] * 2),
+                                torch.arange(4)[None], 1e-3)
     assert settled.tolist() == [[True, True, False, False]] * 2
 
 
