@@ -1,6 +1,7 @@
 """Evaluation: equal to one document at a time by hand; intervals, recall, files, refusals."""
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from mechanisms import SIZES, each
 from torch import Tensor
 
-from memformers import TransformerXL, carry, clone
+from memformers import MemorizingTransformer, TransformerXL, carry, clone, select
 from memformers.data import ByteTokenizer, Corpus, TaskStream, copy_task
 from memformers.evaluate import (Estimate, Evaluation, Recall, TokenBits, cost, evaluate, lookup,
                                  recall, resampled_sums, token_bits, token_bits_by_mode, wilson)
@@ -237,6 +238,32 @@ def test_only_the_first_tokens_are_read_where_asked():
 def test_on_is_always_scored_and_the_others_if_asked():
     assert evaluate(xl(), corpus(), modes=["off"]).modes == ("on", "off")
     assert evaluate(xl(), corpus([9]), modes=()).modes == ("on",)
+
+
+@torch.no_grad()
+def test_a_part_of_the_memory_is_changed_alone():
+    torch.manual_seed(0)
+    model = MemorizingTransformer(num_tokens=32, dim=16, depth=2, heads=2, dim_head=4, seq_len=4,
+                                  memorizing_layers=[2], xl_max_memories=3, max_knn_memories=20)
+    model, text = model.double().eval(), corpus([21, 21], 32)
+    modes = ("knn.foreign", "knn.off", "off", "xl.off")
+    found = evaluate(model, text, modes)
+    assert found.modes == ("on", "off", "xl.off", "knn.off", "knn.foreign")
+    tokens = torch.from_numpy(np.stack(text.documents).astype(np.int64))
+    memory, fresh, nats = model.init_memory(2), model.init_memory(2), {mode: 0 for mode in modes}
+    for part, labels in zip(tokens[:, :-1].split(4, 1), tokens[:, 1:].split(4, 1)):
+        read = {"off": fresh, "knn.off": replace(memory, knn=fresh.knn),
+                "knn.foreign": replace(memory, knn=select(memory, [1, 0]).knn),
+                "xl.off": replace(memory, xl=fresh.xl)}
+        for mode in modes:
+            logits = model.step(part, read[mode]).logits
+            nats[mode] += torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+        memory = carry(model.step(part, memory).memory)
+    for mode in modes:
+        np.testing.assert_allclose(found.nats[mode].sum(1), nats[mode].sum(1), rtol=1e-9)
+    assert "| knn.off |" in found.table()
+    bits = token_bits_by_mode(model, *text.documents, ["knn.foreign"]).bits["knn.foreign"]
+    np.testing.assert_allclose(bits.sum() * math.log(2), nats["knn.foreign"][0].sum())
 
 
 def test_the_caller_keeps_modes_random_numbers_and_gradients():
@@ -500,6 +527,7 @@ def test_cost_counts_from_the_context_asked_for():
 @pytest.mark.parametrize("call, error, message", [
     (lambda: evaluate(xl(), corpus([9])), ValueError, "at least 2 documents.*corpus.cut"),
     (lambda: evaluate(xl(), corpus(), modes=["of"]), ValueError, "modes must be some of .*'of'"),
+    (lambda: evaluate(xl(), corpus(), modes=["mem.off"]), ValueError, "modes must be some of"),
     (lambda: evaluate(xl(), [b"abc"]), TypeError, "corpus must be a Corpus; got list"),
     (lambda: evaluate(xl(), words(b"abc", b"abd")), ValueError, "tokens must lie .* 16 .*got 99"),
     (lambda: evaluate(xl(), corpus(), batch_size=0), ValueError, "batch_size must be 1 or more"),
