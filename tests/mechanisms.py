@@ -90,6 +90,15 @@ MECHANISMS = [
     Mechanism("knn_all_found", MemorizingTransformer, KNN | dict(
               memorizing_layers=[1, 2, 3], max_knn_memories=40, num_retrieved_memories=30,
               knn_position_bias=False), splits=True, gradient="none"),
+    Mechanism("knn_heads", MemorizingTransformer, KNN | dict(
+              max_knn_memories=8, num_retrieved_memories=3, kv_heads=3, memorizing_layers=[1, 3],
+              shift_knn_memories_down=1, gate="sigmoid", normalize_all=True), gradient="none"),
+    Mechanism("knn_heads_xl", MemorizingTransformer, KNN | dict(
+              heads=4, kv_heads=2, max_knn_memories=6, num_retrieved_memories=4, xl_max_memories=4,
+              gate="network", clear_memories_on_eos_token_id=9), gradient="part"),
+    Mechanism("knn_heads_whole", MemorizingTransformer, KNN | dict(
+              kv_heads=3, memorizing_layers=[1, 2, 3], max_knn_memories=40,
+              num_retrieved_memories=30, knn_position_bias=False), splits=True, gradient="none"),
     Mechanism("knn_xl", MemorizingTransformer, KNN | dict(max_knn_memories=6, xl_max_memories=7,
               memorizing_layers=[2], num_retrieved_memories=4), gradient="part"),
     Mechanism("knn_xl_some", MemorizingTransformer, KNN | dict(

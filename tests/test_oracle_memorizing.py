@@ -22,6 +22,13 @@ CASES = {
                   normalize_all=True, knn_position_bias=False),
     "heads": dict(max_knn_memories=9, num_retrieved_memories=2, knn_attn_heads=3,
                   memorizing_layers=[1, 3], output_gate=True, ff_glu=True),
+    "kv_heads": dict(max_knn_memories=9, num_retrieved_memories=3, kv_heads=2, gate="sigmoid",
+                     normalize_all=True, memorizing_layers=[1, 3]),
+    "kv_heads_shared": dict(heads=4, kv_heads=2, max_knn_memories=6, num_retrieved_memories=2,
+                            memorizing_layers=[1, 2], xl_memory_layers=[2, 3], xl_max_memories=3,
+                            shift_knn_memories_down=1, shift_xl_memories_down=1),
+    "kv_heads_whole": dict(kv_heads=2, max_knn_memories=30, num_retrieved_memories=None,
+                           clear_memories_on_sos_token_id=2),
     "shift": dict(max_knn_memories=9, num_retrieved_memories=3, memorizing_layers=[1, 2, 3],
                   shift_knn_memories_down=1),
     "xl": dict(max_knn_memories=6, num_retrieved_memories=3, xl_max_memories=9, gate="network",
@@ -64,7 +71,7 @@ class Row:
         o = dict(memorizing_layers=[1], xl_memory_layers=[1, 2, 3], xl_max_memories=0,
                  shift_knn_memories_down=0, shift_xl_memories_down=0, gate="softmax",
                  clear_memories_on_sos_token_id=None, clear_memories_on_eos_token_id=None,
-                 knn_position_bias=True, normalize_all=False) | BASE | options
+                 knn_position_bias=True, normalize_all=False, kv_heads=1) | BASE | options
         if not o["xl_max_memories"]: o["xl_memory_layers"] = []
         self.o = o
         self.forget()
@@ -101,7 +108,9 @@ class Row:
         for number in range(1, self.o["depth"] + 1):
             g = lambda name: self.p[f"layers.{number - 1}.{name}"]
             hs = [norm(x, g("norm_attention.weight"), g("norm_attention.bias")) for x in xs]
-            own = [(g("attention.to_kv.weight") @ h).chunk(2) for h in hs]
+            # Of each token: for each head of keys and values a pair.
+            own = [[kv.chunk(2) for kv in (g("attention.to_kv.weight") @ h).chunk(self.o["kv_heads"])]
+                   for h in hs]
             written[number] = own
             front = self.xl[self.source("xl", number)] if number in self.xl else []
             after = []
@@ -129,7 +138,8 @@ class Row:
         for head, q in enumerate(queries):
             if cosine: q = length_one(q) * g("log_scale")[head, 0, 0].exp()
             near, near_v = [], []
-            for j, (k, v) in enumerate(window):
+            group = head * self.o["kv_heads"] // len(queries)
+            for j, (k, v) in enumerate(pairs[group] for pairs in window):
                 score = q @ length_one(k) if cosine else q @ k / math.sqrt(d)
                 if not memorizing or self.o["knn_position_bias"]:
                     name = "knn_positions" if memorizing else "positions"
@@ -138,6 +148,7 @@ class Row:
                 near.append(score)
                 near_v.append(v)
             store = self.knn[self.source("knn", number)] if memorizing else []
+            store = [pairs[group] for pairs in store]
             if not store:
                 outs.append(self.mix(near, near_v))
                 continue
@@ -173,7 +184,7 @@ class Row:
                 cut = max(0, len(queue) - self.o["xl_max_memories"])
                 leaving, self.xl[number] = queue[:cut], queue[cut:]
             if number in self.knn:
-                new = [(length_one(k).detach(), v.detach()) for k, v in leaving]
+                new = [[(length_one(k).detach(), v.detach()) for k, v in pairs] for pairs in leaving]
                 self.knn[number] = (self.knn[number] + new)[-self.o["max_knn_memories"]:]
 
 
@@ -213,18 +224,20 @@ def test_outputs_memories_and_gradients(name):
 
 
 def same_memory(model, memory, r, oracle):
-    for i, number in enumerate(model.memorizing_layers):
+    heads = oracle.o["kv_heads"]
+    for i in range(len(model.memorizing_layers) * heads):
         kv, _ = memory.knn.layer(i).chronological()
-        want = oracle.knn[number]
+        want = oracle.knn[model.memorizing_layers[i // heads]]
         assert memory.knn.fill[r, i] == len(want)
-        for j, (k, v) in enumerate(want):
-            torch.testing.assert_close(kv[r, j], torch.stack([k, v]))
+        for j, pairs in enumerate(want):
+            torch.testing.assert_close(kv[r, j], torch.stack(pairs[i % heads]))
     for i, number in enumerate(model.xl_memory_layers):
         want = oracle.xl[number]
         assert memory.xl.fill[r] == len(want)
         m = memory.xl.mem.shape[2]
-        for j, kv in enumerate(want):
-            torch.testing.assert_close(memory.xl.mem[r, i, m - len(want) + j], torch.cat(kv))
+        for j, pairs in enumerate(want):
+            whole = torch.cat([t for pair in pairs for t in pair])
+            torch.testing.assert_close(memory.xl.mem[r, i, m - len(want) + j], whole)
 
 
 def test_everything_retrieved_is_attention_over_the_whole_past():

@@ -87,6 +87,45 @@ def test_forward_is_a_view_of_step():
         torch.testing.assert_close(knn[0]._chronological(r), same)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(gate="network", num_retrieved_memories=None),
+                                     dict(xl_max_memories=5, shift_knn_memories_down=1)])
+def test_the_documented_call_with_keys_and_values_per_head(options):
+    """A memory for each memorizing layer and head; the same as the contract's."""
+    model = small(kv_heads=2, memorizing_layers=[1, 2], clear_memories_on_sos_token_id=3, **options)
+    with model.knn_memories_context(batch_size=2) as knn:
+        assert len(knn) == 4 and knn[0].dim == 8
+        memory, xl = None, None
+        for i in range(4):
+            if "xl_max_memories" in options:
+                logits, xl = model(text(seed=i), knn_memories=knn, xl_memories=xl)
+            else: logits = model(text(seed=i), knn_memories=knn)
+            out = model.step(text(seed=i), memory)
+            memory = carry(out.memory)
+            torch.testing.assert_close(logits, out.logits)
+        for i in range(4):
+            store = memory.knn.layer(i)
+            assert torch.equal(knn[i].fill, store.fill)
+            for r in range(2):
+                same = store.chronological()[0][r, :store.fill[r]]
+                torch.testing.assert_close(knn[i]._chronological(r), same)
+        assert not torch.equal(knn[0].kv, knn[1].kv)
+        with pytest.raises(ValueError, match="kv_heads = 2; got 2"):
+            model(text(), knn_memories=list(knn)[:2], xl_memories=xl)
+    assert nbytes(model.init_memory(1)) > 1.9 * nbytes(small(memorizing_layers=[1, 2]).init_memory(1))
+
+
+def test_keys_and_values_per_head_in_a_layer_for_another_model():
+    layer = KNNAttention(16, heads=4, dim_head=8, kv_heads=2)
+    stores, x = [KNNMemory(8, 100, 2), KNNMemory(8, 100, 2)], torch.randn(2, 7, 16)
+    first = layer(x, stores)
+    assert [store.fill.tolist() for store in stores] == [[7, 7]] * 2
+    assert not torch.allclose(layer(x, stores, add_knn_memory=False), first)
+    for options in (dict(kv_heads=3), dict(kv_heads=0)):
+        with pytest.raises(ValueError, match="kv_heads must be a divisor of the 4 heads"):
+            KNNAttention(16, heads=4, **options)
+    with pytest.raises(ValueError, match="kv_heads"): small(kv_heads=2, knn_attn_heads=3)
+
+
 def test_a_part_of_the_rows():
     model, knn = small(), small().create_knn_memories(batch_size=3)
     with knn.at_batch_indices([2, 0]): model(text(2), knn_memories=knn)
@@ -116,7 +155,7 @@ def test_other_stores_give_the_same_logits(options, tmp_path):
 
 def test_every_option_works():
     for options in (dict(gate="sigmoid"), dict(gate="network"), dict(num_retrieved_memories=None),
-                    dict(knn_attn_heads=3), dict(attn_dropout=.1, ff_dropout=.1, emb_dropout=.1),
+                    dict(knn_attn_heads=3), dict(kv_heads=2), dict(attn_dropout=.1, ff_dropout=.1, emb_dropout=.1),
                     dict(tie_embeddings=True, emb_dim=8), dict(knn_position_bias=False),
                     dict(normalize_all=True), dict(output_gate=True), dict(ff_glu=True, ff_mult=2),
                     dict(memorizing_layers=2), dict(memorizing_layers=[]),
