@@ -50,8 +50,8 @@ def _document(model, tokens, name="tokens") -> Tensor:
     "One document (n,) as a tensor on the host, checked."
     tokens = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens))
     if tokens.ndim != 1 or len(tokens) < 2 or tokens.is_floating_point():
-        raise ValueError(f"{name} must be one sequence (n,) of ids, at least one to read and one to "
-                         f"predict; got {tokens.dtype} of shape {tuple(tokens.shape)}")
+        raise ValueError(f"{name} must be one sequence (n,) of ids, at least one to read and one "
+                         f"to predict; got {tokens.dtype} of shape {tuple(tokens.shape)}")
     _check_tokens(model, tokens)
     return tokens.long().cpu()
 

@@ -84,7 +84,7 @@ def whole_memory(
 
 # %% ../nbs/24_memorizing.ipynb #2fd809d4
 class MultiQueryAttention(nn.Module):
-    "Attention with one key and one value for all heads (Shazeer 2019), handed in."
+    "Attention whose heads share keys and values (Shazeer 2019), which are handed in."
     def __init__(
         self,
         dim: int,              # width of the model
@@ -92,33 +92,42 @@ class MultiQueryAttention(nn.Module):
         dim_head: int = 64,    # width of a head
         dropout: float = 0.0,  # on the attention weights
         normalize: bool = False, # cosine similarity, with a learned temperature per head?
+        kv_heads: int = 1,     # g: heads of keys and values, a divisor of heads
     ):
         super().__init__()
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads must be a divisor of the {heads} heads; got {kv_heads}")
         self.heads, self.dropout, self.normalize = heads, dropout, normalize
+        self.kv_heads = kv_heads
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, kv_heads * 2 * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
         if normalize: self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(20)))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "Queries (b, heads, n, dim_head), keys and values (b, n, 2, dim_head) of (b, n, dim)."
+        "Queries (b, heads, n, dim_head), keys and values (b, n, g, 2, dim_head) of (b, n, dim)."
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
-        return q, self.to_kv(x).unflatten(-1, (2, -1))
+        return q, self.to_kv(x).unflatten(-1, (self.kv_heads, 2, -1))
 
     def unit(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Queries times their scale, keys and values of all that stands in the segment's window."
-        k, v = kv[:, None].unbind(-2)
+        "Queries times their scale, keys and values (b, 1 or heads, keys, d) of all in the window."
+        k, v = (self._spread(t.transpose(1, 2)) for t in kv.unbind(-2))
         if not self.normalize: return q * q.shape[-1] ** -0.5, k, v
         return unit(q) * self.log_scale.exp(), unit(k), v
+
+    def _spread(self, t):
+        "Keys or values (b, g, keys, d) for all heads; where g = 1, they are broadcast."
+        if self.kv_heads in (1, self.heads): return t
+        return t.repeat_interleave(self.heads // self.kv_heads, 1)
 
     def merge(self, out: Tensor) -> Tensor:
         "Heads (b, h, n, d) to (b, n, dim)."
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def attend(self, q: Tensor, kv: Tensor, bias: Tensor) -> Tensor:
-        "Read `kv` (b, keys, 2, d); `bias` (1 or b, heads, n, keys) is -inf where not allowed."
+        "Read `kv` (b, keys, g, 2, d); `bias` (1 or b, heads, n, keys) is -inf where not allowed."
         q, k, v = self.unit(q, kv)
-        shape = (-1, self.heads, -1, -1)
+        shape = (-1, self.heads, -1, -1)  # torch's kernel wants all heads
         out = F.scaled_dot_product_attention(
             q.to(v.dtype), k.to(v.dtype).expand(shape), v.expand(shape),
             attn_mask=bias.to(v.dtype), scale=1.0,
@@ -149,8 +158,9 @@ class KNNAttention(MultiQueryAttention):
         num_retrieved_memories: int | None = 32, # for each query; None: all of them
         gate: str = "softmax", # how memories and segment share: one of `GATES`
         output_gate: bool = False, # multiply the output by tanh of a weight that starts at 0?
+        kv_heads: int = 1,     # heads of keys and values, each with a store; a divisor of heads
     ):
-        super().__init__(dim, heads, dim_head, dropout, normalize=True)
+        super().__init__(dim, heads, dim_head, dropout, True, kv_heads)
         if gate not in GATES: raise ValueError(f"gate must be one of {GATES}; got {gate!r}")
         if num_retrieved_memories is not None and num_retrieved_memories < 1:
             raise ValueError("num_retrieved_memories must be 1 or more, or None for all; got "
@@ -162,27 +172,27 @@ class KNNAttention(MultiQueryAttention):
                                               nn.Linear(8, 1, bias=False))
         self.output_gate = nn.Parameter(torch.zeros(1)) if output_gate else None
 
-    def attend(self, q, kv, bias, store=None, sees=None, gap=None) -> Tensor:
-        """As `MultiQueryAttention.attend`, and read a store (b, capacity, 2, d).
+    def attend(self, q, kv, bias, stores=None, sees=None, gap=None) -> Tensor:
+        """As `MultiQueryAttention.attend`, and read a list of stores (b, capacity, 2, d), one for
+        each head of keys and values.
 
         `sees` (b, n) bool: which tokens may read it; `gap` (b, n) tokens since its newest memory.
         """
         q, k, v = self.unit(q, kv)
-        # k, v: (b, 1, keys, d)
         local = q @ k.to(q.dtype).mT + bias
-        if _is_empty(store): out = self._weights(local).to(v.dtype) @ v
+        if _are_empty(stores): out = self._weights(local).to(v.dtype) @ v
         else:
-            far, near, _, read = self._shares(q, local, store, sees, gap)
+            far, near, _, read = self._shares(q, local, stores, sees, gap)
             out = read(far) + near.to(v.dtype) @ v                                # (2), (3)
         out = self.merge(out.to(v.dtype))
         return out if self.output_gate is None else out * self.output_gate.tanh()
 
-    def weights(self, q, kv, bias, store=None, sees=None, gap=None):
+    def weights(self, q, kv, bias, stores=None, sees=None, gap=None):
         "As `MultiQueryAttention.weights`; the arguments are those of `attend`."
-        if _is_empty(store): return super().weights(q, kv, bias)
+        if _are_empty(stores): return super().weights(q, kv, bias)
         q, k, _ = self.unit(q, kv)
-        far, near, where, _ = self._shares(q, q @ k.to(q.dtype).mT + bias, store, sees, gap)
-        return far, near, store.ages(where) + gap[:, None, :, None]
+        far, near, where, _ = self._shares(q, q @ k.to(q.dtype).mT + bias, stores, sees, gap)
+        return far, near, stores[0].ages(where) + gap[:, None, :, None]
 
     def _weights(self, scores):
         return F.dropout(scores.softmax(-1), self.dropout, self.training)
@@ -190,21 +200,23 @@ class KNNAttention(MultiQueryAttention):
     def forward(self, x: Tensor, knn_memory=None, add_knn_memory: bool = True) -> Tensor:
         """By itself, as a layer of another model: causal, without positions, (b, n, dim) to same.
 
-        `knn_memory` is a `KNNMemory` with a row for each of x; what x wrote is added at the end.
+        `knn_memory` is a `KNNMemory` with a row for each of x, or a list of them, one for each head
+        of keys and values; what x wrote is added at the end.
         """
         q, kv = self.project(x)
         n = x.shape[1]
         future = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
         bias = q.new_zeros(n, n).masked_fill(future, -torch.inf)
         gap = torch.arange(1, n + 1, device=x.device).expand(len(x), n)
-        out = self.attend(q, kv, bias, knn_memory, None, gap)
-        if knn_memory is not None and add_knn_memory: knn_memory.add(to_memory(kv))
+        stores = knn_memory if knn_memory is None or isinstance(knn_memory, list) else [knn_memory]
+        out = self.attend(q, kv, bias, stores, None, gap)
+        if stores is not None and add_knn_memory:
+            for store, new in zip(stores, to_memory(kv).unbind(2)): store.add(new)
         return out
 
-    def _shares(self, q, local, store, sees, gap):
+    def _shares(self, q, local, stores, sees, gap):
         "Weights of retrieved memories and of the window's keys; their slots, and how to read them."
-        scores, found, where, read = whole_memory(q, store) if self.num_retrieved_memories is None \
-            else retrieve(q, store, self.num_retrieved_memories)
+        scores, found, where, read = self._retrieve(q, stores)
         if sees is not None: found = found & sees[:, None, :, None]
         if self.gate == "softmax":
             scores = scores.masked_fill(~found, -torch.inf)
@@ -215,11 +227,25 @@ class KNNAttention(MultiQueryAttention):
         far = self._weights(scores) * any_found
         g = self.gate_bias.expand(*q.shape[:3], 1)
         if self.gate == "network":
-            g = g + self.gate_network(_gate_inputs(store, where, found, gap, g.dtype))
+            g = g + self.gate_network(_gate_inputs(stores[0], where, found, gap, g.dtype))
         g = g.sigmoid() * any_found
         return g * far, (1 - g) * self._weights(local), where, read
 
-def _is_empty(store): return store is None or used_slots(store.fill, store.capacity) == 0
+    def _retrieve(self, q, stores):
+        "As `retrieve`, each group of heads from the store of its keys."
+        k = self.num_retrieved_memories
+        parts = [whole_memory(part, store) if k is None else retrieve(part, store, k)
+                 for part, store in zip(q.chunk(len(stores), 1), stores, strict=True)]
+        if len(parts) == 1: return parts[0]
+        *found, reads = zip(*parts)
+        def read(weights):
+            weights = weights.chunk(len(reads), 1)
+            return torch.cat([part(w) for part, w in zip(reads, weights)], 1)
+        return *(torch.cat(t, 1) for t in found), read
+
+def _are_empty(stores):
+    "Is there nothing to retrieve? All stores of a layer hold the same tokens."
+    return stores is None or used_slots(stores[0].fill, stores[0].capacity) == 0
 
 def _gate_inputs(store, where, found, gap, dtype):
     "How many memories were retrieved, how old the newest is, how old they are: (b, h, n, 3)."
@@ -254,7 +280,7 @@ class MemorizingLayer(nn.Module):
 @memory_state
 class XLKeys:
     "Keys and values of the last tokens, for each layer with an XL memory."
-    mem: Tensor = slots(2)  # (b, layers, m, 2 · dim_head) key and value, newest last
+    mem: Tensor = slots(2)  # (b, layers, m, g · 2 · dim_head) keys and values, newest last
     fill: Tensor = None     # (b,) tokens remembered
 
 # %% ../nbs/24_memorizing.ipynb #12eb71c9
@@ -262,7 +288,7 @@ class XLKeys:
 class MemorizingMemory:
     "What a Memorizing Transformer carries: XL memories and the kNN memory."
     xl: XLKeys
-    knn: KNNStore  # (b, memorizing layers, capacity, 2, dim_head)
+    knn: KNNStore  # (b, memorizing layers · g, capacity, 2, dim_head), g heads of a layer together
 
 # %% ../nbs/24_memorizing.ipynb #a21a05d5
 @memory_state
@@ -270,7 +296,7 @@ class UncarriedMemory:
     "What a step returns: the memory, and what `carry` will write into its store."
     xl: XLKeys     # after the segment
     knn: KNNStore  # before the segment
-    new: list      # of each memorizing layer: (b, k, 2, dim_head), oldest first
+    new: list      # for each store: (b, k, 2, dim_head), oldest first
     real: list     # of each: (b, k) bool, which of them are written; empty: all
     clear: Tensor  # (b,) bool: a document ended here, what the store holds is dropped before
 
@@ -338,6 +364,7 @@ class MemorizingTransformer(MemoryLM):
         dim_head: int = 64,            # width of a head, and of a remembered key or value
         heads: int = 8,
         knn_attn_heads: int | None = None, # heads of the memorizing layers; None: heads
+        kv_heads: int = 1,             # heads of keys and values, each with a store (paper: heads)
         seq_len: int = 1024,           # longest segment, in tokens
         memorizing_layers: Iterable[int] | int | None = None, # from 1; None: the middle one
         max_knn_memories: int = 250_000, # memories kept in each row and layer
@@ -373,6 +400,7 @@ class MemorizingTransformer(MemoryLM):
         self.xl_memory_layers = some_layers("xl_memory_layers", xl_memory_layers, depth, every) \
             if xl_max_memories else ()
         self.dim_head, self.max_knn_memories, self.pad_id = dim_head, max_knn_memories, pad_id
+        self.kv_heads = kv_heads
         self.xl_max_memories, self.knn_position_bias = xl_max_memories, knn_position_bias
         self.clear_on = clear_memories_on_sos_token_id, clear_memories_on_eos_token_id
         self.knn_memories_directory = knn_memories_directory
@@ -380,9 +408,9 @@ class MemorizingTransformer(MemoryLM):
         self.xl_source = read_from(self.xl_memory_layers, shift_xl_memories_down)
         knn_heads = knn_attn_heads or heads
         attention = lambda number: KNNAttention(
-            dim, knn_heads, dim_head, attn_dropout, num_retrieved_memories, gate, output_gate) \
-            if number in self.memorizing_layers \
-            else MultiQueryAttention(dim, heads, dim_head, attn_dropout, normalize_all)
+            dim, knn_heads, dim_head, attn_dropout, num_retrieved_memories, gate, output_gate,
+            kv_heads) if number in self.memorizing_layers \
+            else MultiQueryAttention(dim, heads, dim_head, attn_dropout, normalize_all, kv_heads)
         self.layers = nn.ModuleList(
             MemorizingLayer(dim, attention(number), FeedForward(dim, ff_mult, ff_glu, ff_dropout))
             for number in every)
@@ -398,13 +426,18 @@ class MemorizingTransformer(MemoryLM):
         weight = self.embedding.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         capacity = self.max_knn_memories if max_knn_memories is None else max_knn_memories
-        layers = len(self.memorizing_layers)
+        layers = self.stores
         long = dict(device=device, dtype=torch.long)
         knn = KNNStore(torch.zeros(batch_size, layers, 0, 2, self.dim_head, device=device,
                                    dtype=dtype), torch.zeros(batch_size, layers, **long), capacity)
         mem = torch.zeros(batch_size, len(self.xl_memory_layers), self.xl_max_memories,
-                          2 * self.dim_head, device=device, dtype=dtype)
+                          self.kv_heads * 2 * self.dim_head, device=device, dtype=dtype)
         return MemorizingMemory(XLKeys(mem, torch.zeros(batch_size, **long)), knn)
+
+    @property
+    def stores(self) -> int:
+        "How many stores there are: one for each memorizing layer and head of keys and values."
+        return len(self.memorizing_layers) * self.kv_heads
 
     def read(self, tokens: Tensor, memory: MemorizingMemory, mask: Tensor | None) -> Step:
         _check_fit(self, memory)
@@ -440,7 +473,7 @@ class MemorizingTransformer(MemoryLM):
     def _layers(self, x, memory, place, docs, after):
         "All layers; `after` (b, n): tokens of the segment up to each one. Also their keys, values."
         sees, written = None if docs is None else docs == 0, []
-        stores = _stores(memory.knn)
+        stores = _stores(memory.knn, self.kv_heads)
         for number, layer in enumerate(self.layers, 1):
             q, kv = layer.project(x)
             context = place.context(number, kv)
@@ -463,12 +496,13 @@ class MemorizingTransformer(MemoryLM):
         for number in self.memorizing_layers:
             kv, keep = own(number), real
             if number in self.xl_memory_layers:
-                front = xl.mem[:, self.xl_memory_layers.index(number)].unflatten(-1, (2, -1))
+                front = xl.mem[:, self.xl_memory_layers.index(number)]
+                front = front.unflatten(-1, (self.kv_heads, 2, -1))
                 kv, keep = torch.cat([front, kv], 1), _pushed_out(xl.fill, m, kv.shape[1], real)
-            news.append(to_memory(kv))
-            reals.append(keep)
+            news += to_memory(kv).unbind(2)
+            reals += [keep] * self.kv_heads
         if self.xl_memory_layers:
-            new = torch.stack([own(number).flatten(-2) for number in self.xl_memory_layers], 1)
+            new = torch.stack([own(number).flatten(-3) for number in self.xl_memory_layers], 1)
             xl = XLKeys(*push(xl.mem, xl.fill, new, real))
         if any(keep is not None for keep in reals):
             reals = [torch.ones(new.shape[:2], dtype=torch.bool, device=new.device) if keep is None
@@ -481,7 +515,7 @@ class MemorizingTransformer(MemoryLM):
         m, b = memory.xl.mem.shape[2], len(memory.xl.fill)
         kv = []
         for number in range(1, len(self.layers) + 1):
-            own = memory.xl.mem.new_zeros(b, self.seq_len, 2, self.dim_head)
+            own = memory.xl.mem.new_zeros(b, self.seq_len, self.kv_heads, 2, self.dim_head)
             front = _front(self, memory.xl, number, m) if number in self.xl_memory_layers \
                 else own[:, :0]
             kv.append(torch.cat([front, own], 1))
@@ -539,14 +573,15 @@ class MemorizingTransformer(MemoryLM):
 
     def _documented_memory(self, x, knn_memories, xl_memories):
         "The arguments of `forward` as one memory."
-        b, layers = len(x), len(self.memorizing_layers)
+        b = len(x)
         memory = self.init_memory(b, max_knn_memories=0)
         if xl_memories is not None: memory = replace(memory, xl=xl_memories)
         if knn_memories is None: return memory
-        if len(knn_memories) != layers:
-            raise ValueError(f"knn_memories must have one memory for each of the {layers} "
-                             f"memorizing layers; got {len(knn_memories)}. "
-                             "`create_knn_memories` makes them.")
+        if len(knn_memories) != self.stores:
+            raise ValueError(f"knn_memories must have one memory for each of the "
+                             f"{len(self.memorizing_layers)} memorizing layers, times kv_heads = "
+                             f"{self.kv_heads}; got {len(knn_memories)}. `create_knn_memories` "
+                             "makes them.")
         for knn in knn_memories:
             if (len(knn.rows), knn.dim) != (b, self.dim_head):
                 raise ValueError(f"knn_memories must have {b} rows of width {self.dim_head}, got "
@@ -562,9 +597,9 @@ class MemorizingTransformer(MemoryLM):
             knn.add(uncarried.new[i], uncarried.real[i] if uncarried.real else None)
 
     def create_knn_memories(self, *, batch_size: int, **options) -> KNNMemoryList:
-        "A fresh `KNNMemory` for each memorizing layer; `options` are those of `KNNMemory`."
+        "A fresh `KNNMemory` for each memorizing layer (and head of keys); `options`: its own."
         options = dict(memories_directory=self.knn_memories_directory) | options
-        return KNNMemoryList.create_memories(batch_size, len(self.memorizing_layers), self.dim_head,
+        return KNNMemoryList.create_memories(batch_size, self.stores, self.dim_head,
                                              self.max_knn_memories, **options)
 
     @contextmanager
@@ -574,7 +609,7 @@ class MemorizingTransformer(MemoryLM):
         try: yield memories
         finally: memories.cleanup()
 
-# %% ../nbs/24_memorizing.ipynb #579ca35d
+# %% ../nbs/24_memorizing.ipynb #c147922f
 def _check_numbers(**numbers):
     for name, (value, least) in numbers.items():
         if value < least: raise ValueError(f"{name} must be {least} or more; got {value}")
@@ -582,20 +617,21 @@ def _check_numbers(**numbers):
 def _check_fit(model, memory):
     "Is what the memory holds of this model's shape? Capacities may differ."
     xl, knn, d = memory.xl.mem, memory.knn, model.dim_head
-    fits = xl.shape[1] == len(model.xl_memory_layers) and xl.shape[-1] == 2 * d
+    fits = xl.shape[1:4:2] == (len(model.xl_memory_layers), model.kv_heads * 2 * d)
     if fits and isinstance(knn, KNNStore):
         kv = knn.kv
-        fits = kv.ndim == 5 and kv.shape[1] == len(model.memorizing_layers) and kv.shape[-1] == d
+        fits = kv.ndim == 5 and kv.shape[1] == model.stores and kv.shape[-1] == d
     if not fits:
         kv = tuple(knn.kv.shape) if isinstance(knn, KNNStore) else "another's"
         raise ValueError(f"memory must hold {len(model.xl_memory_layers)} XL and "
-                         f"{len(model.memorizing_layers)} kNN layers of width {d}; got shapes "
+                         f"{len(model.memorizing_layers)} kNN layers of {model.kv_heads} times "
+                         f"width {d} (kv_heads, dim_head); got shapes "
                          f"{tuple(xl.shape)} and {kv}: it is the memory of another model")
 
-def _stores(knn):
-    "One store for each memorizing layer."
-    if isinstance(knn, KNNStore): return [knn.layer(i) for i in range(knn.written.shape[1])]
-    return knn
+def _stores(knn, kv_heads):
+    "For each memorizing layer, a store for each of its heads of keys and values."
+    if isinstance(knn, KNNStore): knn = [knn.layer(i) for i in range(knn.written.shape[1])]
+    return [knn[i:i + kv_heads] for i in range(0, len(knn), kv_heads)]
 
 def _pushed_out(fill, m, n, real):
     "Of m XL memories and n new tokens, which no longer fit: (b, m + n) bool."
@@ -645,16 +681,16 @@ class _Whole:
         return kv, self.bias(number in self.model.memorizing_layers, front, front + self.n)
 
 def _front(model, xl, number, m):
-    "The XL memory that layer `number` reads: (b, m, 2, dim_head)."
+    "The XL memory that layer `number` reads: (b, m, g, 2, dim_head)."
     layer = model.xl_memory_layers.index(model.xl_source[number])
-    return xl.mem[:, layer, xl.mem.shape[2] - m:].unflatten(-1, (2, -1))
+    return xl.mem[:, layer, xl.mem.shape[2] - m:].unflatten(-1, (model.kv_heads, 2, -1))
 
 # %% ../nbs/24_memorizing.ipynb #590a37ca
 @memory_state
 class MemorizingSegment:
     "A segment that is being read in pieces: keys and values of all that was read, layer by layer."
     memory: MemorizingMemory  # what stands in front
-    kv: list                  # of each layer: (b, XL memories + seq_len, 2, dim_head)
+    kv: list                  # of each layer: (b, XL memories + seq_len, g, 2, dim_head)
     docs: Tensor              # (b, seq_len) the document of each token, counted from the start
     following: Tensor         # (b,) the document that the next token belongs to
     length: Tensor            # (b,) tokens read, on the host
