@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from mechanisms import SIZES, each
 
 from memformers import AutoregressiveWrapper, TransformerXL, carry, generate
-from memformers.model import top_k, top_p
+from memformers.model import Reader, for_generation, top_k, top_p
 
 close = torch.testing.assert_close
 N = SIZES["seq_len"]
@@ -161,6 +161,26 @@ def test_generation_is_that_of_the_library(mechanism):
         out = wrapper.generate(p, 7, temperature=0)
         assert torch.equal(out, generate(model, p, 7, temperature=0)) and out.shape[-1] == 7
     assert model.training and all(m.training for m in model.modules())
+
+
+@each
+def test_the_copy_that_generates_is_the_same_model_in_another_layout(mechanism):
+    model, prompt = mechanism.make().train(), text(2, N + 2)
+    before = {k: (p.data_ptr(), p.stride(), p.clone()) for k, p in model.named_parameters()}
+    quick = for_generation(model)
+    assert model.training and not any(m.training for m in quick.modules())
+    drawn = generate(model, prompt, 2 * N, temperature=0)
+    model.eval()
+    with torch.no_grad():
+        reader, new = Reader(model, 2), prompt
+        other = Reader(quick, 2)
+        for i in range(2 * N):
+            logits = reader.read(new)
+            close(other.read(new), logits)
+            new = drawn[:, i, None]
+            assert torch.equal(logits.argmax(-1), new[:, 0])
+    for k, p in model.named_parameters():
+        assert (p.data_ptr(), p.stride()) == before[k][:2] and torch.equal(p, before[k][2]), k
 
 
 def test_generation_with_filters_masks_and_an_end():
