@@ -23,37 +23,94 @@ MODELS = {  # name: module of the peer, class name, ours, options
 
 
 class Plain(nn.Module):
-    """A decoder with the same matrix products: gates' products, and 320 states in front."""
-    def __init__(self, num_tokens, dim, depth, heads, front=320, gates=True, **_):
+    """A decoder with the matrix products of a mechanism, and of that mechanism nothing else.
+
+    In each layer: keys and values of `front` states and the segment; queries, attention, output and
+    feed-forward of the segment; with `gates`, in the place of each of the two sums, three squares
+    of what comes and `of_stream` squares of the stream. What a mechanism adds is taken apart below,
+    product by product.
+    """
+    def __init__(self, num_tokens, dim, depth, heads, front=320, gates=True, of_stream=3, places=0,
+                 compress=0, write=0, **_):
         super().__init__()
-        self.heads, self.front = heads, torch.randn(ROWS, front, dim)
+        self.heads, self.front, self.dim = heads, torch.randn(ROWS, front, dim), dim
         self.embedding = nn.Embedding(num_tokens, dim)
         linear = lambda a, b: nn.Linear(a, b, bias=False)
         self.layers = nn.ModuleList(nn.ModuleDict(dict(
             norm=nn.LayerNorm(dim), norm2=nn.LayerNorm(dim), qkv=linear(dim, 3 * dim),
             out=linear(dim, dim), expand=linear(dim, 4 * dim), contract=linear(4 * dim, dim),
-            **{f"gate{i}": linear(dim, 3 * dim) for i in range(4 if gates else 0)}))
+            **{f"gate{i}": linear(dim, (of_stream if i % 2 else 3) * dim)
+               for i in range(4 if gates else 0)},
+            **({"compress": linear(compress * dim, dim)} if compress else {})))
             for _ in range(depth))
         self.norm, self.head, self.gates = nn.LayerNorm(dim), linear(dim, num_tokens), gates
-        keys = torch.arange(front + N) - front
-        self.ok = keys <= torch.arange(N)[:, None]
+        self.ok = torch.arange(front + N) - front <= torch.arange(N)[:, None]
+        self.places = nn.Parameter(torch.randn(heads, dim // heads, places)) if places else None
+        self.write, self.writer = write, linear(dim, 3 * dim)
+
+    def project(self, x, weight):
+        """Queries, keys, values, or some of them: each (b, heads, n, dim_head)."""
+        return F.linear(x, weight).unflatten(2, (-1, self.heads, 32)).permute(2, 0, 3, 1, 4)
+
+    def mask(self, q):
+        """What joins the scores. With `places`: queries times a vector for each distance there is,
+        (b·n, dim_head) × (dim_head, places) for each head, and its two products backward. Learned,
+        so attention cannot take the fused path, in this decoder as in any."""
+        if self.places is None: return self.ok
+        by_place = (q.transpose(0, 1).flatten(1, 2) @ self.places).unflatten(1, (len(q), -1))
+        bare = self.ok.shape[1] - by_place.shape[-1]
+        by_key = F.pad(by_place, (bare, 0)).transpose(0, 1)
+        return by_key.masked_fill(~self.ok, -torch.inf)
+
+    def compressed(self, layer, q, states):
+        """The compression and its loss: one product for each group of states that leave; keys and
+        values of states and slots; the segment's attention to both, the first without gradient."""
+        ratio = layer["compress"].in_features // self.dim
+        made = layer["compress"](states.unflatten(1, (-1, ratio)).flatten(2))
+        kv = layer["qkv"].weight[self.dim:].detach()
+        (k, v), (k_made, v_made) = (self.project(t, kv) for t in (states, made))
+        attend, q = F.scaled_dot_product_attention, q.detach()
+        return F.mse_loss(attend(q, k_made, v_made), attend(q, k, v).detach())
+
+    @torch.no_grad()
+    def written(self, states):
+        """The writer of long-term slots, whose gradient waits for later segments: keys and values
+        of the states of all layers, then twice queries of the slots, linear attention, output (the
+        gate's few rows are left out)."""
+        weight, states = self.writer.weight, torch.cat(states, 1)
+        k, v = self.project(states, weight[self.dim:])
+        for _ in range(2):
+            q, = self.project(states[:, :self.write], weight[:self.dim])
+            F.linear((q @ (k.mT @ v)).transpose(1, 2).flatten(2), weight[:self.dim])
 
     def join(self, layer, i, y, x):
         if not self.gates: return x + y
-        a, b, c = (layer[f"gate{i}"](y) + layer[f"gate{i + 1}"](x)).chunk(3, -1)
-        return torch.lerp(c.tanh(), x + a, b.sigmoid())
+        a, b, c = layer[f"gate{i}"](y).chunk(3, -1)
+        d, e, *f = layer[f"gate{i + 1}"](x).split(self.dim, -1)
+        return torch.lerp((c + d + sum(f)).tanh(), x + a, (b + e).sigmoid())
 
     def forward(self, tokens):
-        b, n = tokens.shape
+        n, aux, states = tokens.shape[1], [], []
         x = self.embedding(tokens)
         for layer in self.layers:
-            qkv = layer["qkv"](layer["norm"](torch.cat([self.front, x], 1)))
-            q, k, v = qkv.view(b, -1, 3, self.heads, 32).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(q[:, :, -n:], k, v, attn_mask=self.ok)
-            x = self.join(layer, 0, layer["out"](y.transpose(1, 2).reshape(b, n, -1)), x)
+            both = torch.cat([self.front, x], 1)
+            normed, weight = layer["norm"](both), layer["qkv"].weight
+            q, = self.project(normed[:, -n:], weight[:self.dim])
+            k, v = self.project(normed, weight[self.dim:])
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q))
+            if "compress" in layer: aux.append(self.compressed(layer, q, self.front[:, -N:]))
+            if self.write: states.append(both[:, -2 * N:])
+            x = self.join(layer, 0, layer["out"](y.transpose(1, 2).flatten(2)), x)
             y = layer["contract"](F.gelu(layer["expand"](layer["norm2"](x))))
             x = self.join(layer, 2, y, x)
-        return self.head(self.norm(x)), None
+        if states: self.written(states)
+        return self.head(self.norm(x)), None, sum(aux)
+
+
+# What each mechanism multiplies beyond a decoder with 320 states in front. Distances there are:
+# 256 tokens back in the memory and 64 slots of 4 behind it; 256 tokens back.
+PRODUCTS = {"Compressive": dict(of_stream=3, places=765, compress=4),
+            "Memory Transformer-XL": dict(of_stream=2, places=512, write=64)}
 
 
 def peer(module, name):
@@ -96,10 +153,14 @@ def training():
     torch.manual_seed(0)
     out = []
     for gates in (True, False):
-        cases = {"plain decoder, same products": trained(Plain(**SIZE, gates=gates), memory=False)}
-        cases |= {k: trained(m) for k, m in pairs(gru_gated_residual=gates).items()}
-        out.append(table(f"training step, {ROWS} × {N} tokens, {'with' if gates else 'no'} gates",
-                         interleaved(cases), "plain decoder, same products"))
+        made = {k: trained(m) for k, m in pairs(gru_gated_residual=gates).items()}
+        for name, products in PRODUCTS.items():
+            sizes = SIZE | dict(gates=gates, of_stream=products["of_stream"])
+            cases = {"plain decoder, same products": trained(Plain(**sizes | products), False),
+                     "plain decoder without the mechanism's": trained(Plain(**sizes), False)}
+            cases |= {k: step for k, step in made.items() if k.startswith(name)}
+            out.append(table(f"training step, {ROWS} × {N} tokens, {'with' if gates else 'no'} "
+                             f"gates: {name}", interleaved(cases), "plain decoder, same products"))
     return out
 
 
