@@ -55,10 +55,12 @@ def push_out(
     f = same_in_all(fill) if real is None else None
     new = new.to(mem.dtype)
     if f is not None:
-        go = leave(f, n)
-        line = torch.cat([mem[..., m - f:, :], new], -2)
+        go, old = leave(f, n), mem[..., m - f:, :]
+        line = torch.cat([old, new], -2)
         kept = F.pad(line[..., go:, :], (0, 0, m - f - n + go, 0))
-        return kept, fill + (n - go), line[..., :go + ahead, :] if go else None, go
+        # What is taken from the memory alone has no graph of this segment behind it.
+        out = (old if go + ahead <= f else line)[..., :go + ahead, :]
+        return kept, fill + (n - go), out if go else None, go
     count = torch.full_like(fill, n) if real is None else real
     go = leave(fill, count)
     line, after = torch.cat([mem, new], -2), fill + count - go
@@ -140,7 +142,8 @@ def _attention_error(q, states, slots, layer, go, length, dropout):
     "Loss (6) for each query, and which queries of which rows count."
     n, ratio = q.shape[2], states.shape[2]
     go = go // ratio
-    full, short = layer.keys_values(states.flatten(1, 2)), layer.keys_values(slots, frozen=True)
+    full = layer.keys_values(states.flatten(1, 2), frozen=True)
+    short = layer.keys_values(slots, frozen=True)
     error = attention_loss(q, full, short, go, dropout)
     if length is None and isinstance(go, int): return error, None
     real = torch.ones_like(error, dtype=torch.bool) if length is None else \
@@ -231,41 +234,48 @@ class CompressiveSegment:
     written: Tensor           # (b, memory layers, seq_len, dim) what the memory will be given
     usage: Tensor             # (b, memory layers, m + seq_len) attention received so far
     length: Tensor            # (b,) tokens read, on the host
-    there: Tensor             # (b, c + m) which slots in front are filled
+    used: Tensor              # (b,) slots in front, from the newest on, that hold all that is
+                              # there, on the host
 
-# %% ../nbs/21_compressive.ipynb #41787d35
+# %% ../nbs/21_compressive.ipynb #7272aaf1
 class _InPieces:
     "Reading an open segment with the keys and values of what was read before."
     @torch.no_grad()
     def open_segment(self, memory: CompressiveMemory):
         b, layers, m, _ = memory.mem.shape
+        used = torch.where(memory.cfill > 0, m + memory.cfill, memory.fill).cpu()
         fronts, rooms = torch.cat([memory.cmem, memory.mem], 2), []
+        empty = fronts.shape[2] - int(used.max())
         for number, layer in enumerate(self.layers, 1):
-            room = memory.mem.new_zeros(b, self.seq_len, self.dim)
             slot = self.slot(number)
-            states = room if slot is None else torch.cat([fronts[:, slot], room], 1)
-            rooms.append([t.contiguous() for t in layer.keys_values(states)])
+            states, skip = (fronts.new_zeros(b, 0, self.dim), 0) if slot is None else \
+                (fronts[:, slot, empty:], empty)
+            rooms.append([F.pad(t, (0, 0, skip, self.seq_len)) for t in layer.keys_values(states)])
         return CompressiveSegment(memory, *map(list, zip(*rooms)),
                                   memory.mem.new_zeros(b, layers, self.seq_len, self.dim),
                                   memory.mem.new_zeros(b, layers, m + self.seq_len),
-                                  torch.zeros(b, dtype=torch.long),
-                                  _there(memory, memory.cmem.shape[2], m))
+                                  torch.zeros(b, dtype=torch.long), used)
 
     @torch.no_grad()
     def extend_segment(self, segment, tokens: Tensor, mask: Tensor | None = None):
         x, memory = self.embed(tokens), segment.memory
-        m, c = memory.mem.shape[2], memory.cmem.shape[2]
+        used, total = int(segment.used.max()), memory.mem.shape[2]
+        m, c = min(used, total), max(0, used - total)
         place = Place(tokens.shape[1], segment.length, mask, self.seq_len)
-        keys, alone = self.places(memory.fill, place, c, segment.there)
+        keys, alone = self.places(memory.fill, place, c, _there(memory, c, m))
         for number, layer in enumerate(self.layers, 1):
-            slot, before, rooms = self.slot(number), x, (segment.keys, segment.values)
-            context = place.context(*(r[number - 1] for r in rooms), 0 if slot is None else c + m)
+            slot, before = self.slot(number), x
+            front = 0 if slot is None else used
+            rooms = (r[number - 1][:, :, -front - self.seq_len:]
+                     for r in (segment.keys, segment.values))
+            context = place.context(*rooms, front)
             bias = partial(self.positions, keys=alone if slot is None else keys)
             x, _, weights = layer(x, context, bias)
             if slot is None: continue
             place.store(segment.written[:, slot], x if self.enhanced_recurrence else before)
             if self.compression == "most_used":
-                segment.usage[:, slot, :m + place.longest] += _received(weights, mask)[:, c:]
+                segment.usage[:, slot, total - m:total + place.longest] += \
+                    _received(weights, mask)[:, c:]
         return self.to_logits(self.norm(x)), replace(segment, length=place.after)
 
     @torch.no_grad()

@@ -270,16 +270,23 @@ def same_in_all(
 class KeyPlaces(NamedTuple):
     "Where the keys of a layer stand in time, seen from the queries, and which of them are hidden."
     near: int                       # keys that follow one another up to the last query
-    far: tuple[int, int, int] = (0, 1, 0) # keys in front of those: distance from the last query to
+    far: tuple[int, int, int] = (0, 1, 0) # keys in front of all: distance from the last query to
                                     # the newest, tokens between two of them, how many
-    bare: int = 0                   # keys in front of all, that have no place in time
-    distance: Tensor | None = None  # (b, n, keys) each key's own, instead of `near` and `far`;
-                                    # those of the bare keys left out
+    bare: int = 0                   # keys between the two, that have no place in time
+    distance: Tensor | None = None  # (b, n, far and near keys) each key's own, instead of `far`
     hidden: Tensor | None = None    # (b or 1, 1, n, k) bool: which of the last k are not to be read
 
-# %% ../nbs/10_layers.ipynb #bfcf5af4
+# %% ../nbs/10_layers.ipynb #96609e72
+def _in_order(far, near, keys):
+    "The scores of all keys, -inf where they are hidden."
+    bare = near.new_zeros(*near.shape[:3], keys.bare)
+    scores = torch.cat([far, bare, near], -1)
+    if keys.hidden is not None:
+        scores[..., -keys.hidden.shape[-1]:].masked_fill_(keys.hidden, -torch.inf)
+    return scores
+
 class _CutOut(torch.autograd.Function):
-    """Scores of distances, (b, h, n, 1 + known), to scores of keys, by views: nothing is computed.
+    """Scores of distances, (h, b, n, 1 + known), to those of keys, (b, h, n, keys), by views.
 
     Behind a column of zeros, the score that query `i` gives the key at place `j` of a line of
     `known` keys stands at `n + i · known + j` (this is `relative_shift` without its copies).
@@ -287,29 +294,24 @@ class _CutOut(torch.autograd.Function):
     @staticmethod
     def views(scores, keys):
         "The far and the near keys in `scores`."
-        b, h, n, width = scores.shape
+        h, b, n, width = scores.shape
         known, (distance, step, count) = width - 1, keys.far
         cut = lambda first, step, count: scores.as_strided(
-            (b, h, n, count), (h * n * width, n * width, known, step), n + first)
+            (b, h, n, count), (n * width, b * n * width, known, step), n + first)
         oldest = known - 1 - distance - step * (count - 1) if count else 0
         return cut(oldest, step, count), cut(known - keys.near, 1, keys.near)
 
     @staticmethod
     def forward(ctx, scores, keys):
         ctx.keys, ctx.shape = keys, scores.shape
-        far, near = _CutOut.views(scores.contiguous(), keys)
-        out = torch.cat([scores.new_zeros(*near.shape[:3], keys.bare), far, near], -1)
-        if keys.hidden is not None:
-            out[..., -keys.hidden.shape[-1]:].masked_fill_(keys.hidden, -torch.inf)
-        return out
+        return _in_order(*_CutOut.views(scores.contiguous(), keys), keys)
 
     @staticmethod
     def backward(ctx, grad):
         # What is hidden has weight 0, so its gradient is 0 already.
         grads = grad.new_zeros(ctx.shape)
-        widths = ctx.keys.bare, ctx.keys.far[2], ctx.keys.near
-        _, *parts = grad.split(widths, -1)
-        for view, part in zip(_CutOut.views(grads, ctx.keys), parts): view.copy_(part)
+        far, _, near = grad.split((ctx.keys.far[2], ctx.keys.bare, ctx.keys.near), -1)
+        for view, part in zip(_CutOut.views(grads, ctx.keys), (far, near)): view.copy_(part)
         return grads, None
 
 # %% ../nbs/10_layers.ipynb #7cda2caa
@@ -338,17 +340,27 @@ class LearnedPositions(nn.Module):
         if keys.distance is not None: return self._one_by_one(q, keys)
         distance, step, count = keys.far
         known = max(keys.near, distance + step * (count - 1) + 1 if count else 0)
-        return _CutOut.apply(q @ self.table(known), keys)
+        if q.shape[2] == 1 and known <= self.vectors.shape[-1]: return self._one_query(q, keys)
+        # All rows in one product for each head.
+        scores = q.transpose(0, 1).flatten(1, 2) @ self.table(known)
+        return _CutOut.apply(scores.unflatten(1, (len(q), -1)), keys)
+
+    def _one_query(self, q, keys):
+        "A single query meets no vectors but those of its keys."
+        (distance, step, count), known = keys.far, self.vectors.shape[-1]
+        q = q.transpose(0, 2)[0]  # (h, b, d)
+        near = q @ self.vectors[..., known - keys.near:]
+        oldest = known - 1 - distance - step * (count - 1)
+        far = q @ self.vectors[..., oldest:known - distance:step] if count else near[..., :0]
+        back = lambda t: t[None].transpose(0, 2)
+        return _in_order(back(far), back(near), keys)
 
     def _one_by_one(self, q, keys):
         "Each key at its own distance."
         known = self.vectors.shape[-1]
         column = (known - 1 - keys.distance).clamp(0, known - 1)[:, None]
         scores = (q @ self.vectors).gather(-1, column.expand(*q.shape[:3], column.shape[-1]))
-        if keys.hidden is not None:
-            hidden = F.pad(keys.hidden, (scores.shape[-1] - keys.hidden.shape[-1], 0))
-            scores = scores.masked_fill(hidden, -torch.inf)
-        return F.pad(scores, (keys.bare, 0))
+        return _in_order(*scores.tensor_split([scores.shape[-1] - keys.near], -1), keys)
 
 # %% ../nbs/10_layers.ipynb #9a3954f7
 def _between(candidate, state, keep):
@@ -373,8 +385,9 @@ class GRUGate(nn.Module):
         "The state (…, dim) after `new` (…, dim)."
         d = state.shape[-1]
         gates, c = F.linear(new, self.of_new.weight, self.bias).split([2 * d, d], -1)
-        r, z = (gates + self.of_state(state)).sigmoid().chunk(2, -1)
-        return _between((c + r * self.candidate(state)).tanh(), state, z)
+        r, z = (gates + F.linear(state, self.of_state.weight)).sigmoid().chunk(2, -1)
+        old = F.linear(state, self.candidate.weight, self.candidate.bias)
+        return _between((c + r * old).tanh(), state, z)
 
 # %% ../nbs/10_layers.ipynb #ada49b79
 class BistableGate(nn.Module):
@@ -448,12 +461,13 @@ class Residual(nn.Module):
 def attend_weights(
     q: Tensor,    # (b, h, n, d)
     k: Tensor,    # (b, g, keys, d), g = h, or a divisor of h: heads that share keys
-    bias: Tensor, # (b, h, n, keys) added to the score
+    bias: Tensor, # (b, h, n, keys) added to the score; it is overwritten
 ) -> Tensor:      # (b, h, n, keys)
     "Softmax of q·k / √d + bias."
     g, keys, d = k.shape[1:]
     fold = lambda t: t.reshape(len(q) * g, -1, t.shape[-1])
-    scores = torch.baddbmm(fold(bias), fold(q), fold(k).mT, alpha=d ** -0.5)
+    # In place: scores of a whole segment are large. Autocast leaves types to whoever works so.
+    scores = fold(bias).baddbmm_(fold(q.to(bias)), fold(k.to(bias)).mT, alpha=d ** -0.5)
     return scores.softmax(-1).view(*q.shape[:3], keys)
 
 # %% ../nbs/10_layers.ipynb #979545e9
@@ -481,7 +495,7 @@ class GatedLayer(nn.Module):
         self.feed_forward = FeedForward(dim, glu=ff_glu, dropout=ff_dropout)
         self.join_attention = Residual(dim, gate, mogrify, gate_bias)
         self.join_feed = Residual(dim, gate, mogrify, gate_bias)
-        self.attn_dropout, self.layer_dropout = nn.Dropout(attn_dropout), nn.Dropout(layer_dropout)
+        self.attn_dropout, self.layer_dropout = attn_dropout, layer_dropout
         self.mem_kv = nn.Parameter(torch.empty(2, self.kv_heads, num_mem_kv, self.dim_head)
                                    .normal_(std=0.02)) if num_mem_kv else None
 
@@ -505,15 +519,16 @@ class GatedLayer(nn.Module):
         `context(k, v)` puts the segment's keys and values behind what came before; `bias(q)` is
         added to the scores.
         """
-        widths = [self.heads * self.dim_head] + 2 * [self.kv_heads * self.dim_head]
-        q, k, v = (t.unflatten(2, (-1, self.dim_head)).transpose(1, 2)
-                   for t in self.to_qkv(self.norm_attention(x)).split(widths, -1))
+        qkv = self.to_qkv(self.norm_attention(x)).unflatten(2, (-1, self.dim_head))
+        q, k, v = qkv.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], 1)
         k, v = context(k, v)
         weights = attend_weights(q, k, bias(q))
         # Heads that share values are folded into the queries.
-        out = self.attn_dropout(weights).reshape(len(x), self.kv_heads, -1, k.shape[2]) @ v
+        used = F.dropout(weights, self.attn_dropout, self.training)
+        out = used.reshape(len(x), self.kv_heads, -1, k.shape[2]) @ v
         out = out.reshape(q.shape).transpose(1, 2).flatten(2)
-        x = self.join_attention(self.layer_dropout(self.to_out(out)), x)
+        out = F.dropout(self.to_out(out), self.layer_dropout, self.training)
+        x = self.join_attention(out, x)
         return self.join_feed(self.feed_forward(self.norm_feed(x)), x), q, weights
 
 # %% ../nbs/10_layers.ipynb #361d6c9f

@@ -116,6 +116,7 @@ class LongShortSegment:
     values: list            # likewise
     written: Tensor         # (b, memory layers, seq_len, dim) what the memory will be given
     length: Tensor          # (b,) tokens read, on the host
+    fill: Tensor            # (b,) tokens in the short-term memory, on the host
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #d76dfd3c
 class _InPieces:
@@ -123,24 +124,27 @@ class _InPieces:
     @torch.no_grad()
     def open_segment(self, memory: LongShortMemory):
         b, layers, m, _ = memory.short.shape
-        room, rooms = memory.short.new_zeros(b, self.seq_len, self.dim), []
+        fill, rooms = memory.fill.cpu(), []
+        used = int(fill.max())
         for number, layer in enumerate(self.layers, 1):
-            front = self.front(memory, number, m)
-            k, v = behind(layer.lead(b))(*layer.keys_values(torch.cat([*front, room], 1)))
-            rooms.append((k.contiguous(), v.contiguous()))
+            empty = 0 if self.slot(number) is None else m - used
+            rooms.append([F.pad(torch.cat(t, 2), (0, 0, empty, self.seq_len))
+                          for t in zip(*self.front(memory, number, used))])
         return LongShortSegment(memory, *map(list, zip(*rooms)),
                                 memory.short.new_zeros(b, layers, self.seq_len, self.dim),
-                                torch.zeros(b, dtype=torch.long))
+                                torch.zeros(b, dtype=torch.long), fill)
 
     @torch.no_grad()
     def extend_segment(self, segment, tokens: Tensor, mask: Tensor | None = None):
-        x, m = self.embed(tokens), segment.memory.short.shape[2]
+        x, used = self.embed(tokens), int(segment.fill.max())
         place = Place(tokens.shape[1], segment.length, mask, self.seq_len)
-        keys, alone = (self.places(segment.memory, place, k) for k in (m, None))
+        keys, alone = (self.places(segment.memory, place, k) for k in (used, None))
         for number, layer in enumerate(self.layers, 1):
             slot, before = self.slot(number), x
-            k, v = segment.keys[number - 1], segment.values[number - 1]
-            context = place.context(k, v, k.shape[2] - self.seq_len)
+            front = self.num_mem_kv if slot is None else used + keys.bare
+            rooms = (r[number - 1][:, :, -front - self.seq_len:]
+                     for r in (segment.keys, segment.values))
+            context = place.context(*rooms, front)
             bias = partial(self.positions, keys=alone if slot is None else keys)
             x, _, _ = layer(x, context, bias)
             if slot is not None: place.store(segment.written[:, slot], before)
@@ -224,21 +228,26 @@ class MemoryTransformerXL(_InPieces, MemoryLM):
         written = (memory.long_fill > 0)[:, None, None]
         return torch.where(written, memory.long, self.writer.initial.to(memory.long.dtype))
 
-    def front(self, memory: LongShortMemory, number: int, m: int) -> list[Tensor]:
-        "What stands in front of a segment in a layer: long-term slots, then the newest `m` states."
-        slot = self.slot(number)
-        if slot is None: return []
-        return [self.long_term(memory), memory.short[:, slot, memory.short.shape[2] - m:]]
+    def front(self, memory: LongShortMemory, number: int, m: int) -> list[tuple]:
+        """Keys and values in front of a segment in a layer: of the newest `m` states and the
+        long-term slots, and the learned ones."""
+        slot, layer = self.slot(number), self.layers[number - 1]
+        states = memory.long[:, :0] if slot is None else torch.cat(
+            [memory.short[:, slot, memory.short.shape[2] - m:], self.long_term(memory)], 1)
+        fronts = layer.keys_values(states), layer.lead(len(states))
+        return [f for f in fronts if f is not None]
 
     def places(self, memory: LongShortMemory, place: Place, m: int | None = None) -> KeyPlaces:
         "The places of the keys of a layer that reads `m` states, or, None, the segment alone (2)."
         device, bare = memory.short.device, self.num_mem_kv
-        there = filled(memory.fill, memory.short.shape[2])[:, memory.short.shape[2] - (m or 0):]
         if m is not None: bare += self.lmem_len
-        hidden, m = place.hidden(there if m else there[:, :0]), m or 0
-        if place.first is not None: return KeyPlaces(m + place.longest, bare=bare, hidden=hidden)
-        distance = distances(place.n, m + place.longest, place.before + m, device)
-        return KeyPlaces(0, bare=bare, distance=distance, hidden=hidden)
+        m = m or 0
+        there = filled(memory.fill, memory.short.shape[2])[:, memory.short.shape[2] - m:]
+        hidden = place.hidden(F.pad(there, (0, bare if m else 0), value=True))
+        places = KeyPlaces(place.longest, (place.longest, 1, m), bare, hidden=hidden)
+        if place.first is not None: return places
+        return places._replace(
+            distance=distances(place.n, m + place.longest, place.before + m, device))
 
     def read(self, tokens: Tensor, memory: LongShortMemory, mask: Tensor | None) -> Step:
         if memory.long.shape[1] != self.lmem_len:
@@ -249,11 +258,10 @@ class MemoryTransformerXL(_InPieces, MemoryLM):
         keys, alone = (self.places(memory, place, k) for k in (m, None))
         written = []
         for number, layer in enumerate(self.layers, 1):
-            front, before = self.front(memory, number, m), x
-            context = behind(layer.lead(len(x)), *[layer.keys_values(torch.cat(front, 1))] if front
-                             else [])
-            x, _, _ = layer(x, context, partial(self.positions, keys=keys if front else alone))
-            if front: written.append(before)
+            slot, before = self.slot(number), x
+            bias = partial(self.positions, keys=alone if slot is None else keys)
+            x, _, _ = layer(x, behind(*self.front(memory, number, m)), bias)
+            if slot is not None: written.append(before)
         logits = self.to_logits(self.norm(x))
         if written: memory = self.write(memory, torch.stack(written, 1), mask)
         return Step(logits, memory, self.no_aux_loss())

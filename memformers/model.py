@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Step', 'read_config', 'MemoryLM', 'init_weights', 'check_step', 'OpenSegment', 'Reader', 'filter_top_k',
-           'filter_top_p', 'filter_min_p', 'sample', 'evaluating', 'stream', 'generate', 'LayerAttention', 'in_line',
-           'calls', 'top_k', 'top_p', 'SegmentLoss', 'AutoregressiveWrapper']
+           'filter_top_p', 'filter_min_p', 'sample', 'evaluating', 'for_generation', 'stream', 'generate',
+           'LayerAttention', 'in_line', 'calls', 'top_k', 'top_p', 'SegmentLoss', 'AutoregressiveWrapper']
 
 # %% ../nbs/12_model.ipynb #b3e93a8a
+import copy
 import inspect
 import json
 import math
@@ -351,6 +352,9 @@ class Reader:
     ) -> Tensor:                    # (b, num_tokens) logits after the last real token of each row
         "Read on. A row without a real token gets zeros."
         b, n = tokens.shape
+        if mask is None and 0 < n <= self.model.seq_len - int(self._segment.length.max()):
+            logits, self._segment = self.model.extend_segment(self._segment, tokens)
+            return logits[:, -1]
         left = torch.full((b,), n) if mask is None else mask.sum(1).cpu()
         if mask is not None:
             tokens = tokens.gather(1, _padding_last(mask))
@@ -430,6 +434,20 @@ class evaluating:
     def __exit__(self, *_):
         for module in self.training: module.training = True
 
+# %% ../nbs/12_model.ipynb #856867bb
+def for_generation(
+    model: nn.Module,
+    columns: bool = True, # lay the matrices out column by column, on the host? Else share them
+) -> nn.Module:
+    "A copy of a model in evaluation mode, to read token by token."
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    def lay(p):
+        fit = p.ndim in (2, 3) and id(p) not in tables and p.device.type == "cpu"
+        if not (columns and fit and p.dtype.itemsize > 2): return p
+        return nn.Parameter(p.detach().mT.contiguous().mT, requires_grad=False)
+    same = {id(p): lay(p) for p in model.parameters()} | {id(t): t for t in model.buffers()}
+    return copy.deepcopy(model, same).eval()
+
 # %% ../nbs/12_model.ipynb #2a7f8196
 def stream(
     model: MemoryLM,
@@ -455,10 +473,10 @@ def stream(
 @torch.no_grad()  # of a generator function: inside, and not for the caller between tokens
 def _tokens(model, prompt, length, mask, memory, stop_token, pad, sampling):
     "The loop of `stream`."
-    quiet = evaluating(model)
-    with quiet:
-        reader = Reader(model, len(prompt), memory)
-        logits = reader.read(prompt, mask)
+    # The new layout is worth its work from some tokens on, and for few rows.
+    model = for_generation(model, columns=length > 8 and len(prompt) <= 2)
+    reader = Reader(model, len(prompt), memory)
+    with torch.inference_mode(): logits = reader.read(prompt, mask)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for i in range(length):
         token = sample(logits, **sampling).masked_fill(ended, pad)
@@ -467,7 +485,7 @@ def _tokens(model, prompt, length, mask, memory, stop_token, pad, sampling):
             ended = ended | (token == stop_token)
             if ended.all(): return
         if i < length - 1:
-            with quiet: logits = reader.read(token[:, None])
+            with torch.inference_mode(): logits = reader.read(token[:, None])
 
 # %% ../nbs/12_model.ipynb #5debcb27
 def generate(
