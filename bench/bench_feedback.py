@@ -54,7 +54,7 @@ def training(rows: int, learned: dict, n: int = 512):
     cases["parallel, after 60 steps"] = train(
         model, next(DocumentStream(stdlib(), rows, n, seed=1)).tokens)
     if Original: cases["original"] = train(Original(**SIZE), tokens)
-    ms = interleaved(cases, 5)
+    ms = interleaved(cases, 3)
     reference = "original" if Original else "parallel, implicit gradient"
     return table(f"Training step, {rows} x {n} tokens, window 1", ms, reference)
 

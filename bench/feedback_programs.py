@@ -1,6 +1,6 @@
 """State tracking: Feedback Transformer and Transformer-XL on programs with 3 and with 5 variables.
 
-    python bench/feedback_programs.py [--variables 3 5] [--seeds 2] [--steps 3000]
+    python bench/feedback_programs.py [--variables 3 5] [--seeds 1] [--steps 3000]
 
 Both models have the same sizes and see the same programs, about 2,000 tokens in each step: first
 short ones with one variable, then longer ones with more, up to 16 statements with all of them.
@@ -97,8 +97,8 @@ def save(rows: list):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--variables", type=int, nargs="*", default=[3, 5])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--variables", type=int, nargs="+", choices=[3, 5], default=[3, 5])
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3000)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -112,7 +112,7 @@ def main():
                 rows.append(dict(model=name, variables=variables, seed=seed, steps=options.steps,
                                  weights=sum(p.numel() for p in model.parameters()),
                                  right=round(share, 4), interval=round(half, 4), answers=answers,
-                                 paper=PAPER.get((name, variables), math.nan),
+                                 paper=PAPER[name, variables],
                                  cpu_seconds=round(time.process_time() - start)))
                 print(json.dumps(rows[-1]), flush=True)
                 save(rows)
