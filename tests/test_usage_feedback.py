@@ -210,11 +210,13 @@ def test_the_error_is_what_was_promised(std, graph):
 
 def test_a_gradient_may_be_asked_for_twice():
     """The graph of the last pass is freed by the first backward, and made again by the second."""
-    model = make(block_len=4, tol=0)
-    loss = model(text()).square().mean()
-    once, again = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-                   for _ in range(2))
-    for a, b in zip(once, again): close(a, b)
+    for half in (False, True):
+        model = make(torch.float32 if half else torch.float64, block_len=4, tol=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(text()).square().mean()
+        once, again = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+                       for _ in range(2))
+        for a, b in zip(once, again): close(a, b)
 
 
 def test_no_token_is_read_more_often_than_needed():
