@@ -94,7 +94,8 @@ def attend(
     bias = bias.to(q.dtype)
     if keep is None and not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.detach())
-    weights = attend_weights(q, k, bias.expand(*q.shape[:3], -1))
+    # A copy, because the scores are added to it in place, and the bias serves every layer.
+    weights = attend_weights(q, k, bias.expand(*q.shape[:3], -1).clone())
     return (weights if keep is None else (weights * keep).to(v.dtype)) @ v
 
 # %% ../nbs/23_feedback.ipynb #1a54371d
@@ -472,6 +473,9 @@ class _Implicit(torch.autograd.Function):
         ctx.stack, ctx.block = model.stack, block.with_tensors(*[None] * 7)
         ctx.save_for_backward(found.entries, *tensors)
         ctx.last_pass = _last_pass(ctx.stack, ctx.block, found.entries, tensors)
+        kind = block.x.device.type
+        ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
+                            enabled=torch.is_autocast_enabled(kind))
         read = [t.detach() for t in ctx.last_pass[2]]
         model.report = _look_again(model.report, found.entries, read[1], mask)
         ctx.rate = 1.0 if model.report.rate is None else float(model.report.rate.max())
@@ -484,7 +488,8 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx, *grads):
         entries, *tensors = ctx.saved_tensors
         # The graph serves once, and is then free; who comes again pays for another pass.
-        data, entries, out = ctx.last_pass or _last_pass(ctx.stack, ctx.block, entries, tensors)
+        with torch.autocast(**ctx.autocast):
+            data, entries, out = ctx.last_pass or _last_pass(ctx.stack, ctx.block, entries, tensors)
         ctx.last_pass, rate, size = None, ctx.rate, None
         if all(g is None for g in grads): return (None,) * (3 + len(tensors))
         adjoint, part = grads[1], _pull(out, grads, [entries])[0]
@@ -638,7 +643,7 @@ class _Place:
 # %% ../nbs/23_feedback.ipynb #da0b1d72
 def _read_token(stack, segment, x):
     """The last layer's output (b, dim) for one more token of every row, x (b, dim), which is
-    written into the segment. The layer as above, without the dimension of tokens: half the calls."""
+    written into the segment. The layer as above, without the dimension of tokens."""
     place, states, w = _Place(segment, stack.seq_len), [], stack.seq_len
     seen, where = slice(place.first, place.last), place.positions(segment.projected)
     heads = lambda t: t.view(len(x), -1, 1, stack.dim_head)

@@ -268,10 +268,14 @@ class MemoryTransformerXL(_InPieces, MemoryLM):
 
     def look(self, tokens: Tensor, memory: LongShortMemory) -> list[LayerAttention]:
         called = calls(self.layers, lambda: self.read(tokens, memory, None))
-        bare = lambda number: [""] * self.num_mem_kv + \
-            ["long_term"] * (0 if self.slot(number) is None else self.lmem_len)
-        return [in_line(number, weights, "xl", bare(number))
-                for number, (_, (_, _, weights)) in enumerate(called, 1)]
+        def one(number, weights):
+            bare = ["long_term"] * (0 if self.slot(number) is None else self.lmem_len) + \
+                [""] * self.num_mem_kv
+            # What has no place in time stands behind the queue (1): here it comes first.
+            queue = weights.shape[-1] - len(bare) - tokens.shape[1]
+            in_time, timeless, segment = weights.split([queue, len(bare), tokens.shape[1]], -1)
+            return in_line(number, torch.cat([timeless, in_time, segment], -1), "xl", bare)
+        return [one(number, weights) for number, (_, (_, _, weights)) in enumerate(called, 1)]
 
     def write(self, memory: LongShortMemory, new: Tensor, mask: Tensor | None) -> LongShortMemory:
         "The memory after `new` states (b, memory layers, n, dim), `mask` (b, n) of them real."
