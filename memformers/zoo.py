@@ -65,7 +65,8 @@ PRESETS = {
         max_knn_memories=512), "lessons and tests"),
     "memorizing_small": Preset(MemorizingTransformer, dict(
         num_tokens=256, dim=128, depth=4, heads=4, dim_head=32, seq_len=128,
-        memorizing_layers=[3], max_knn_memories=2048, xl_max_memories=128),
+        memorizing_layers=[3], max_knn_memories=2048, xl_memory_layers=[1, 2], xl_max_memories=32,
+        tie_embeddings=True),
         "minutes on two cores"),
 }
 

@@ -48,9 +48,10 @@ def test_a_run_from_training_to_text(texts, tmp_path, capsys):
     assert capsys.readouterr().out == once and once.startswith("alpha")
 
 
-def test_the_demo_in_small(tmp_path, capsys):
+@pytest.mark.parametrize("model", ["transformer_xl_tiny", "memorizing_tiny"])
+def test_the_demo_in_small(model, tmp_path, capsys):
     folder = tmp_path / "demo"
-    assert main(words("demo --folder {folder} --model transformer_xl_tiny --steps 3 --documents 4 "
+    assert main(words(f"demo --folder {{folder}} --model {model} --steps 3 --documents 4 "
                       "--max-tokens 300 --cpu", folder=folder)) == 0
     said = capsys.readouterr().out
     for name in ("loss.png", "sample.txt", "metrics.jsonl", "evaluation/evaluation.json",
@@ -59,6 +60,7 @@ def test_the_demo_in_small(tmp_path, capsys):
     assert (folder / "model" / "config.json").is_file()
     assert "| on |" in said and "| off |" in said and "| foreign |" in said
     assert "bits per byte (95 % interval" in said
+    assert ("| knn.off |" in said and "kNN memory alone" in said) == (model == "memorizing_tiny")
 
 
 @pytest.mark.parametrize("line, message", [
