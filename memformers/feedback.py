@@ -817,12 +817,23 @@ class FeedbackTransformer(MemoryLM):
         if length.max() > self.seq_len:
             raise ValueError(f"the open segment has room for {self.seq_len} tokens; with these a "
                              f"row would have {int(length.max())}. Close it first.")
-        if n == 1 and bool(new.all()) and bool((fresh == fresh[0]).all()) and fresh[0] < _ROOM:
-            last = _read_token(self.stack, segment, self.embed(tokens[:, 0]))
-            logits = self.to_logits(self.norm(last))[:, None]
-            return logits, replace(segment, length=length, fresh=fresh + 1)
+        together = n > 0 and bool((new == n).all()) and bool((fresh == fresh[0]).all())
+        # On the host passes over windows of one token cost more than reading them in sequence.
+        if together and (n == 1 or self.window_len == 1 and tokens.device.type == "cpu"):
+            return self._read_tokens(segment, tokens)
         out = self.read(tokens, self.close_segment(segment), mask)
         return out.logits, replace(self.open_segment(out.memory), length=length)
+
+    def _read_tokens(self, segment, tokens):
+        "Some more tokens (b, n) of every row, one by one."
+        last = []
+        for token in tokens.unbind(1):
+            if segment.fresh[0] == _ROOM:
+                segment = replace(self.open_segment(self.close_segment(segment)),
+                                  length=segment.length)
+            last.append(_read_token(self.stack, segment, self.embed(token)))
+            segment = replace(segment, length=segment.length + 1, fresh=segment.fresh + 1)
+        return self.to_logits(self.norm(torch.stack(last, 1))), segment
 
     def close_segment(self, segment):
         longest = int(segment.fresh.max())
