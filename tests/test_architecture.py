@@ -51,7 +51,7 @@ def allowed(module):
     """Who may be imported, by the house's table."""
     if module in GROUND: return GROUND[module]
     if module in PARTS: return PARTS[module]
-    if 20 <= FLOOR[module] < 30: return MECHANISM | ALSO.get(module, set())
+    if 20 <= FLOOR[module] < 40: return MECHANISM | ALSO.get(module, set())
     assert module in ASSEMBLY, f"{module} has no place in the house"
     return {m for m, floor in FLOOR.items() if floor < FLOOR[module]}
 
