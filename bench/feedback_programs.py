@@ -19,7 +19,7 @@ from common import RESULTS, machine
 from torch import nn
 
 from memformers import FeedbackTransformer, TransformerXL
-from memformers.data import TaskStream, program_task
+from memformers.tasks import TaskStream, program_task
 
 STATEMENTS = 16
 SIZE = dict(num_tokens=128, dim=64, depth=2, heads=4, ff_mult=2)

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import ByteTokenizer, Corpus, RecallTask, TaskStream
+from .data import ByteTokenizer, Corpus
 from .memory import carry, clone, nbytes, select, shuffle, whole_file
 from .model import MemoryLM, evaluating
+from .tasks import RecallTask, TaskStream
 
 # %% ../nbs/19_evaluate.ipynb #27206bd7
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:

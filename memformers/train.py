@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .data import Corpus, DocumentStream, TaskStream
+from .data import Corpus, DocumentStream
 from .memory import carry, load_memory, reset, save_memory, whole_file
 from .model import MemoryLM, read_config
+from .tasks import TaskStream
 
 # %% ../nbs/18_train.ipynb #b4785536
 @dataclass(frozen=True)

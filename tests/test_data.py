@@ -1,4 +1,4 @@
-"""What `memformers.data` promises: nothing dropped, nothing leaked, nothing half-written read."""
+"""What `data` and `tasks` promise: nothing dropped, nothing leaked, nothing half-written read."""
 import errno
 import hashlib
 import http.server
@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memformers import data
-from memformers.data import (ByteTokenizer, Corpus, DocumentStream, RecallTask, Segment, TaskStream,
-                             copy_task, enwik8, hugging_face, key_value_task, load_corpus,
-                             passkey_task, stdlib, text_files)
+from memformers.data import (ByteTokenizer, Corpus, DocumentStream, Segment, enwik8, hugging_face,
+                             load_corpus, stdlib, text_files)
+from memformers.tasks import (RecallTask, TaskStream, copy_task, dots, key_value_task, passkey_task,
+                              sentences)
 
 quick = settings(max_examples=60, deadline=None, database=None, derandomize=True,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -716,7 +717,7 @@ def test_key_is_needed_to_find_the_value():
 
 @pytest.mark.parametrize("n", [0, 1, 22, 23, 24, 100, 1001])
 def test_fillers_have_the_length_they_are_asked_for(n):
-    assert len(data.dots(n, None)) == len(data.sentences(n, np.random.default_rng(n))) == n
+    assert len(dots(n, None)) == len(sentences(n, np.random.default_rng(n))) == n
 
 def test_tasks_refuse_what_cannot_be():
     for call in (lambda: passkey_task(distance=11), lambda: copy_task(delay=0),

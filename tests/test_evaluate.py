@@ -10,11 +10,12 @@ from mechanisms import SIZES, each
 from torch import Tensor
 
 from memformers import MemorizingTransformer, TransformerXL, carry, clone, select
-from memformers.data import ByteTokenizer, Corpus, TaskStream, copy_task
+from memformers.data import ByteTokenizer, Corpus
 from memformers.evaluate import (Estimate, Evaluation, Recall, TokenBits, cost, evaluate, lookup,
                                  recall, resampled_sums, token_bits, token_bits_by_mode, wilson)
 from memformers.memory import filled, memory_state, push, shuffle, slots
 from memformers.model import MemoryLM, Step, in_line
+from memformers.tasks import TaskStream, copy_task
 
 LENGTHS = [2, 23, 6, 7, 12, 11, 13]
 PARTNER = {0: 2, 2: 0, 3: 5, 5: 3, 4: 6, 6: 1, 1: 4}  # by length: two, two, and the last three

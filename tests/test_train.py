@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten
 
 import memformers.train
 from memformers import TransformerXL, carry, load_memory, reset, select
-from memformers.data import Corpus, DocumentStream, TaskStream, copy_task
+from memformers.data import Corpus, DocumentStream
+from memformers.tasks import TaskStream, copy_task
 from memformers.train import (NonFiniteLoss, Trainer, TrainOptions, _Unroll, latest_checkpoint,
                               learning_rate, parameter_groups, read_metrics, train)
 
