@@ -7,17 +7,18 @@ __all__ = ['DEMO', 'DEMO_MODES', 'COMMANDS', 'models', 'train', 'evaluate', 'gen
 
 # %% ../nbs/46_cli.ipynb #3e67c27a
 import ast
-import json
+import inspect
 import os
 import re
 import shlex
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
-from fastcore.script import anno_parser
 
+from . import __version__
 from .data import ByteTokenizer, Corpus, load_corpus
 from .evaluate import MODES, Evaluation, known_modes
 from .evaluate import evaluate as evaluate_model
@@ -249,30 +250,6 @@ def _write_sample(model, corpus: Corpus, folder: Path, given: int = 512, length:
         draft.write_text(f"{start}⟦generated from here⟧{text}\n", encoding="utf-8")
     return "\n".join("    " + line for line in (start[-120:] + "⟦" + text + "⟧").splitlines())
 
-# %% ../nbs/46_cli.ipynb #635039fe
-COMMANDS = {f.__name__: f for f in (train, evaluate, generate, models, demo)}
-
-def _help() -> str:
-    lines = [f"    {name:10} {f.__doc__}" for name, f in COMMANDS.items()]
-    return "\n".join(["usage: memformers COMMAND [options]", "", *lines, "",
-                      "`memformers COMMAND --help` shows the options of a command."])
-
-def main(
-    argv: list[str] | None = None, # words after the command's name; None: those of the shell
-) -> int:                          # exit code
-    "The `memformers` command."
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    if argv[0] not in COMMANDS:
-        print(f"memformers: there is no command {argv[0]!r}\n\n{_help()}", file=sys.stderr)
-        return 2
-    words = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in argv[1:]]
-    parsed = vars(anno_parser(COMMANDS[argv[0]], prog=f"memformers {argv[0]}").parse_args(words))
-    options = {k: v for k, v in parsed.items() if k not in ("pdb", "xtra")}
-    return _run(COMMANDS[argv[0]], options)
-
 # %% ../nbs/46_cli.ipynb #56802220
 def _run(command, options: dict) -> int:
     "Call a command; an error is one line."
@@ -286,4 +263,52 @@ def _run(command, options: dict) -> int:
         line = " ".join(str(error).split()) or type(error).__name__
         print(f"memformers {command.__name__}: {line}", file=sys.stderr)
         return 1
+    return 0
+
+# %% ../nbs/46_cli.ipynb #635039fe
+COMMANDS = {f.__name__: f for f in (train, evaluate, generate, models, demo)}
+
+def _parser(command) -> ArgumentParser:
+    "The options of a command, read from the signature and the comments of its function."
+    parser = ArgumentParser(f"memformers {command.__name__}", description=command.__doc__,
+                            allow_abbrev=False)
+    comments = dict(re.findall(r"^ +(\w+): .*?# +(.*)", inspect.getsource(command), re.M))
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind, default = parameter.annotation, parameter.default
+        text = comments[name].replace("%", "%%")
+        if default is parameter.empty: parser.add_argument(name, type=kind, help=text)
+        elif kind is bool: parser.add_argument(_option(name), action="store_true", help=text)
+        else:
+            parser.add_argument(_option(name), type=kind, default=default, metavar=kind.__name__,
+                                help=text + (f" (default: {default})" if default != "" else ""))
+    return parser
+
+def _option(name: str) -> str:
+    "How an option is written, whether its words are joined by dashes or by underscores."
+    return re.sub(r"^(--)?[\w-]+", lambda m: "--" + m[0].lstrip("-").replace("_", "-"), name)
+
+def _parse(command, words: list[str]) -> dict:
+    "The arguments of a command, from what was typed."
+    words = [_option(word) if word.startswith("--") else word for word in words]
+    return vars(_parser(command).parse_args(words))
+
+# %% ../nbs/46_cli.ipynb #25a732f1
+def _help() -> str:
+    lines = [f"    {name:10} {f.__doc__}" for name, f in COMMANDS.items()]
+    return "\n".join(["usage: memformers COMMAND [options]", "", *lines, "",
+                      "`memformers COMMAND --help` shows the options of a command,",
+                      "`memformers --version` the version of the package."])
+
+def main(
+    argv: list[str] | None = None, # words after the command's name; None: those of the shell
+) -> int:                          # exit code
+    "The `memformers` command."
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"): print(_help())
+    elif argv[0] in ("-V", "--version"): print(f"memformers {__version__}")
+    elif argv[0] in COMMANDS:
+        return _run(COMMANDS[argv[0]], _parse(COMMANDS[argv[0]], argv[1:]))
+    else:
+        print(f"memformers: there is no command {argv[0]!r}\n\n{_help()}", file=sys.stderr)
+        return 2
     return 0

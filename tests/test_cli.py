@@ -1,10 +1,12 @@
 """The command line: a whole run, the demo in small, and errors of one line."""
+import inspect
 import json
 
 import pytest
 import torch
 
-from memformers.cli import COMMANDS, main
+import memformers
+from memformers.cli import COMMANDS, _parse, main
 from memformers.zoo import PRESETS, budget, create, load_model, models
 
 
@@ -91,6 +93,51 @@ def test_help(capsys):
         assert all(len(line.split(maxsplit=2)) > 2 or line.strip().startswith("--")
                    for line in options)
     assert main(["nothing"]) == 2
+
+
+def options_of(command):
+    "Every option of a command with a value that is not its default."
+    values = {int: 7, float: 0.25, str: "two words"}
+    return {name: True if p.annotation is bool else values[p.annotation]
+            for name, p in inspect.signature(command).parameters.items()
+            if p.default is not p.empty}
+
+
+@pytest.mark.parametrize("spell", [lambda name: "--" + name.replace("_", "-"),
+                                   lambda name: "--" + name], ids=["dashes", "underscores"])
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+def test_every_option_is_known_in_both_spellings(command, spell):
+    """Not through a parser of others, whose newer version may know one spelling only."""
+    required = [name for name, p in inspect.signature(command).parameters.items()
+                if p.default is p.empty]
+    wanted = options_of(command)
+    apart = [word for name, value in wanted.items()
+             for word in ([spell(name)] if value is True else [spell(name), str(value)])]
+    joined = [spell(name) if value is True else f"{spell(name)}={value}"
+              for name, value in wanted.items()]
+    for words in (apart, joined):
+        found = _parse(command, required + words)
+        assert found == {name: name for name in required} | wanted
+        assert all(type(found[name]) is type(value) for name, value in wanted.items())
+    assert _parse(command, required) == {
+        name: name if p.default is p.empty else p.default
+        for name, p in inspect.signature(command).parameters.items()}
+
+
+def test_values_keep_their_dashes_and_underscores():
+    found = _parse(COMMANDS["generate"], ["my_run", "--prompt=a_b-c --d_e", "--stop", "_"])
+    assert (found["folder"], found["prompt"], found["stop"]) == ("my_run", "a_b-c --d_e", "_")
+
+
+def test_unknown_options_are_refused(capsys):
+    for words in (["--batch-sizes", "3"], ["--batch", "3"], ["--steps", "many"]):
+        with pytest.raises(SystemExit) as done: _parse(COMMANDS["train"], ["m", *words])
+        assert done.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"memformers {memformers.__version__}\n"
 
 
 def test_every_preset_can_be_built_and_told():
