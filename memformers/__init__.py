@@ -4,9 +4,10 @@ __version__ = "0.1.0"
 from .compressive import CompressiveTransformer
 from .data import ByteTokenizer, load_corpus
 from .feedback import FeedbackTransformer
+from .files import load_memory, save_memory
 from .knn import KNNMemory, KNNMemoryList
 from .memorizing import MemorizingTransformer
-from .memory import carry, clone, load_memory, nbytes, reset, save_memory, select
+from .memory import carry, clone, nbytes, reset, select
 from .memory_transformer_xl import MemoryTransformerXL
 from .model import AutoregressiveWrapper, MemoryLM, Reader, Step, generate, stream
 from .transformer_xl import TransformerXL

@@ -22,7 +22,7 @@ from . import __version__
 from .data import ByteTokenizer, Corpus, load_corpus
 from .evaluate import MODES, Evaluation, known_modes
 from .evaluate import evaluate as evaluate_model
-from .memory import whole_file
+from .files import atomic_write
 from .model import MemoryLM, stream
 from .train import NonFiniteLoss, TrainOptions, latest_checkpoint, read_metrics
 from .train import train as train_model
@@ -97,7 +97,7 @@ def train(
 def _note_command(folder: Path):
     "Write down the command that made a run, the first time."
     if (folder / "command.txt").exists(): return
-    with whole_file(folder / "command.txt") as draft:
+    with atomic_write(folder / "command.txt") as draft:
         draft.write_text(shlex.join(["memformers", *sys.argv[1:]]) + "\n", encoding="utf-8")
 
 def _find_model(folder: str, cpu: bool) -> MemoryLM:
@@ -140,7 +140,7 @@ def _write_evaluation(result: Evaluation, where: Path):
     from memformers.plots import plot_bits_by_position, save_figure
     where.mkdir(parents=True, exist_ok=True)
     result.to_json(where / "evaluation.json")
-    with whole_file(where / "evaluation.md") as draft:
+    with atomic_write(where / "evaluation.md") as draft:
         draft.write_text(result.table() + "\n", encoding="utf-8")
     series = {mode: result.by_position(mode)[1:] for mode in result.modes if mode in MODES}
     save_figure(plot_bits_by_position(result.by_position()[0], series),
@@ -246,7 +246,7 @@ def _write_sample(model, corpus: Corpus, folder: Path, given: int = 512, length:
     "How the model goes on with a file that it has not seen."
     start = ByteTokenizer().decode(corpus[0][:given])
     text = "".join(_continue(model, start, length, seed=0, temperature=0.7, top_p=0.9))
-    with whole_file(folder / "sample.txt") as draft:
+    with atomic_write(folder / "sample.txt") as draft:
         draft.write_text(f"{start}⟦generated from here⟧{text}\n", encoding="utf-8")
     return "\n".join("    " + line for line in (start[-120:] + "⟦" + text + "⟧").splitlines())
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import ByteTokenizer, Corpus
-from .memory import carry, clone, nbytes, select, shuffle, whole_file
+from .files import atomic_write
+from .memory import carry, clone, nbytes, select, shuffle
 from .model import MemoryLM, evaluating
 from .tasks import RecallTask, TaskStream
 
@@ -222,7 +223,7 @@ class _Result:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         record = {"format": _format(type(self)), "summary": self._summary(), **values}
         text = json.dumps(record, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
-        with whole_file(path) as draft: draft.write_text(text + "\n", encoding="utf-8")
+        with atomic_write(path) as draft: draft.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, path):

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .memory import grows, memory_state, shared, whole_file
+from .files import atomic_write
+from .memory import grows, memory_state, shared
 
 # %% ../nbs/13_knn.ipynb #0a2be7ac
 def largest(
@@ -381,7 +382,7 @@ class _Folder:
         self.begun, self.done = torch.from_file(str(numbers), shared=True, size=2 * rows,
                                                 dtype=torch.long).view(2, rows)
         if new:
-            with whole_file(self.path / "memory.json") as draft:
+            with atomic_write(self.path / "memory.json") as draft:
                 draft.write_text(json.dumps(header))
         kv = kv.view(rows, capacity, 2, dim)
         self.mend(kv)
@@ -757,7 +758,7 @@ class KNNMemory(_Copies):
         if self._store is not None:
             tensors = {f"row{r}": self._chronological(r).cpu().contiguous()
                        for r in range(self.num_indices)}
-        with whole_file(path) as draft:
+        with atomic_write(path) as draft:
             save_file(tensors, draft, {k: str(v) for k, v in header.items()})
 
     @classmethod

@@ -4,18 +4,12 @@
 
 # %% auto #0
 __all__ = ['slots', 'shared', 'grows', 'memory_state', 'filled', 'push', 'carry', 'batch_size', 'reset', 'select', 'put', 'clone',
-           'nbytes', 'shuffle', 'whole_file', 'save_memory', 'load_memory']
+           'nbytes', 'shuffle']
 
 # %% ../nbs/00_memory.ipynb #6da8c4d3
-import json
-import os
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map
 
@@ -197,6 +191,15 @@ def put(
         return x.index_copy(0, rows.to(x.device), p)
     return tree_map(replace, memory, part, is_leaf=hooked)
 
+# %% ../nbs/00_memory.ipynb #2295d44f
+def _values(memory, prefix=""):
+    "Full name, field and value of each thing that a memory consists of."
+    for f in fields(memory):
+        value = getattr(memory, f.name)
+        if hasattr(value, "__dataclass_fields__"):
+            yield from _values(value, f"{prefix}{f.name}.")
+        elif value is not None: yield prefix + f.name, f, value
+
 # %% ../nbs/00_memory.ipynb #8b1258c4
 def clone(memory):
     "A copy that shares nothing with the original."
@@ -232,87 +235,3 @@ def shuffle(
         changed[f.name] = value.gather(dim, order)
     return type(memory)(**{f.name: changed.get(f.name, getattr(memory, f.name))
                            for f in fields(memory)})
-
-# %% ../nbs/00_memory.ipynb #6fd80607
-@contextmanager
-def whole_file(
-    path, # where the file shall stand
-):        # yields the path to write to
-    "Write a file that appears under its name only once it is whole and on the disk."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        yield draft
-        with open(draft, "rb+") as file: os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-# %% ../nbs/00_memory.ipynb #8dd7b2e1
-_FORMAT = "memformers.memory.1"
-
-def _values(memory, prefix=""):
-    "Full name, field and value of each thing that a memory consists of."
-    for f in fields(memory):
-        value = getattr(memory, f.name)
-        if hasattr(value, "__dataclass_fields__"):
-            yield from _values(value, f"{prefix}{f.name}.")
-        elif value is not None: yield prefix + f.name, f, value
-
-def _named(memory):
-    "The tensors of a memory under the names of their fields; a number is one of no dimensions."
-    named = {}
-    for name, _, value in _values(memory):
-        if isinstance(value, int): value = torch.tensor(value)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"a memory is saved from its tensors; {name} is a "
-                            f"{type(value).__name__}")
-        named[name] = value
-    return named
-
-def save_memory(
-    memory, # a memory, carried
-    path,   # the file to write, by custom `….safetensors`
-):
-    "Write a memory to a file. Loading it continues bit for bit."
-    named = {name: t.detach().cpu().contiguous().clone() for name, t in _named(memory).items()}
-    metadata = {"format": _FORMAT, "class": type(memory).__name__}
-    with whole_file(path) as draft: save_file(named, draft, metadata)
-
-# %% ../nbs/00_memory.ipynb #0fbdc646
-def _read_file(path):
-    "The tensors, class and format of a memory file."
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {k: file.get_tensor(k) for k in file.keys()}, metadata
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole memory file ({error}); it may be truncated, "
-                         "or not a safetensors file") from error
-
-def load_memory(
-    path, # a file that `save_memory` wrote
-    like, # a memory of the shapes, types and device wanted: `model.init_memory(batch_size)`
-):        # the memory that was saved, on the device of `like`
-    "Read a memory back from a file."
-    found, metadata = _read_file(path)
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path} does not hold a memory: its format is "
-                         f"{metadata.get('format')!r}, expected {_FORMAT!r}")
-    wanted, name = _named(like), type(like).__name__
-    if metadata["class"] != name:
-        raise ValueError(f"{path} holds a {metadata['class']}, but `like` is a {name}: "
-                         "it was saved from another kind of model")
-    like_fields = {name: f.metadata for name, f, _ in _values(like)}
-    def show(name, t):
-        if t is None or t.ndim == 0: return "nothing" if t is None else str(t.item())
-        return _describe(t.to("meta"), like_fields.get(name, {}).get("grows"))
-    wrong = [f"{k} is {show(k, found.get(k))} in the file, expected {show(k, wanted.get(k))}"
-             for k in sorted(wanted.keys() | found.keys())
-             if show(k, found.get(k)) != show(k, wanted.get(k))]
-    if wrong:
-        raise ValueError(f"{path} does not fit `like`: " + "; ".join(wrong) + ". Make `like` with "
-                         "the model and batch size that the memory was saved from.")
-    values = iter(found[k].to(wanted[k].device) for k in wanted if "shared" not in like_fields[k])
-    return tree_map(lambda _: next(values), like)

@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .data import Corpus, DocumentStream
-from .memory import carry, load_memory, reset, save_memory, whole_file
-from .model import MemoryLM, read_config
+from .files import atomic_write, load_memory, read_config, save_memory
+from .memory import carry, reset
+from .model import MemoryLM
 from .tasks import TaskStream
 
 # %% ../nbs/18_train.ipynb #b4785536
@@ -171,7 +172,7 @@ def read_metrics(
 def _cut_metrics(folder, step):
     "Forget what was noted after `step`."
     lines = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
-    with whole_file(folder / "metrics.jsonl") as draft:
+    with atomic_write(folder / "metrics.jsonl") as draft:
         draft.write_text("".join(lines), encoding="utf-8")
 
 # %% ../nbs/18_train.ipynb #b0dcc0c4
@@ -234,12 +235,12 @@ def latest_checkpoint(
 
 # %% ../nbs/18_train.ipynb #601550d2
 def _write_json(path, value):
-    with whole_file(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 def _write_tensors(path, tensors):
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-    with whole_file(path) as draft: save_file(tensors, draft)
+    with atomic_write(path) as draft: save_file(tensors, draft)
 
 def _moments(model, optimizer) -> dict[str, Tensor]:
     "What an optimizer keeps for each weight; nothing for one that never had a gradient."

@@ -17,7 +17,8 @@ from .feedback import FeedbackTransformer
 from .memorizing import MemorizingTransformer
 from .memory import nbytes
 from .memory_transformer_xl import MemoryTransformerXL
-from .model import MemoryLM, read_config
+from .files import read_config
+from .model import MemoryLM
 from .transformer_xl import TransformerXL
 
 # %% ../nbs/40_zoo.ipynb #738925a4

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GROUND = {"memory": set(), "data": set(), "tasks": {"data"}, "plots": set()}
-PARTS = {"layers": {"memory"}, "knn": {"memory"}, "model": {"memory", "layers"},
-         "train": {"memory", "data", "model", "tasks"},
-         "evaluate": {"memory", "data", "model", "tasks"}}
+GROUND = {"memory": set(), "files": {"memory"}, "data": set(), "tasks": {"data"},
+          "plots": set()}
+PARTS = {"layers": {"memory"}, "knn": {"memory", "files"}, "model": {"memory", "files", "layers"},
+         "train": {"memory", "files", "data", "model", "tasks"},
+         "evaluate": {"memory", "files", "data", "model", "tasks"}}
 MECHANISM = {"memory", "layers", "model"}
 ALSO = {"memorizing": {"knn"}}            # a mechanism that stands on a part of its own
 ASSEMBLY = ("zoo", "cli")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memformers import KNNMemory, KNNMemoryList
+from memformers.files import load_memory, save_memory
 from memformers.knn import KNNStore, largest_in_groups, nearest
-from memformers.memory import (carry, clone, load_memory, nbytes, put, reset, save_memory, select,
-                               shuffle)
+from memformers.memory import carry, clone, nbytes, put, reset, select, shuffle
 
 
 def numbered(first, n, rows=1, dim=3):

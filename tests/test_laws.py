@@ -8,8 +8,8 @@ from mechanisms import SIZES, each
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from memformers.memory import (carry, clone, filled, load_memory, nbytes, put, reset, save_memory,
-                               select, shuffle)
+from memformers.files import load_memory, save_memory
+from memformers.memory import carry, clone, filled, nbytes, put, reset, select, shuffle
 from memformers.model import MemoryLM, Reader
 
 N = SIZES["seq_len"]
