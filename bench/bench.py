@@ -2,13 +2,16 @@
 
     python bench/bench.py            all
     python bench/bench.py NAME …     some, as `transformer_xl`
+
+Each runs in a temporary folder: some peers leave files where they run.
 """
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 
 
 def main(names: list[str]) -> int:
@@ -16,8 +19,9 @@ def main(names: list[str]) -> int:
     unknown = set(names) - found.keys()
     if unknown: raise SystemExit(f"no benchmark {', '.join(unknown)}; there are {', '.join(found)}")
     env = {"OMP_NUM_THREADS": "1"} | os.environ
-    codes = [subprocess.run([sys.executable, found[name]], env=env).returncode
-             for name in names or found]
+    with tempfile.TemporaryDirectory() as folder:
+        codes = [subprocess.run([sys.executable, found[name]], env=env, cwd=folder).returncode
+                 for name in names or found]
     return max(codes)
 
 
