@@ -11,10 +11,10 @@ GROUND = {"memory": set(), "files": {"memory"}, "data": set(), "tasks": {"data"}
           "plots": set()}
 PARTS = {"layers": {"memory"}, "knn": {"memory", "files"}, "model": {"memory", "files", "layers"},
          "train": {"memory", "files", "data", "model", "tasks"},
-         "evaluate": {"memory", "files", "data", "model", "tasks"}}
+         "evaluate": {"memory", "files", "data", "model"}}
 MECHANISM = {"memory", "layers", "model"}
 ALSO = {"memorizing": {"knn"}}            # a mechanism that stands on a part of its own
-ASSEMBLY = ("zoo", "cli")
+ASSEMBLY = ("zoo", "probe", "cli")
 
 
 def notebooks():

@@ -1,4 +1,4 @@
-"""Evaluation: equal to one document at a time by hand; intervals, recall, files, refusals."""
+"""Evaluation: equal to one document at a time by hand; intervals, files, refusals."""
 import json
 import math
 from dataclasses import replace
@@ -6,92 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from known import LENGTHS, Parrot, SpendingParrot, corpus, own_memories, words, xl
 from mechanisms import SIZES, each
-from torch import Tensor
 
 from memformers import MemorizingTransformer, TransformerXL, carry, clone, select
 from memformers.data import ByteTokenizer, Corpus
-from memformers.evaluate import (Estimate, Evaluation, Recall, TokenBits, cost, evaluate, lookup,
-                                 recall, resampled_sums, token_bits, token_bits_by_mode, wilson)
-from memformers.memory import filled, memory_state, push, shuffle, slots
-from memformers.model import MemoryLM, Step, in_line
-from memformers.tasks import TaskStream, copy_task
+from memformers.evaluate import (Estimate, Evaluation, TokenBits, evaluate, resampled_sums,
+                                 token_bits, token_bits_by_mode)
+from memformers.memory import shuffle
+from memformers.probe import recall
+from memformers.tasks import copy_task
 
-LENGTHS = [2, 23, 6, 7, 12, 11, 13]
 PARTNER = {0: 2, 2: 0, 3: 5, 5: 3, 4: 6, 6: 1, 1: 4}  # by length: two, two, and the last three
-
-
-def corpus(lengths=LENGTHS, num_tokens=SIZES["num_tokens"], seed=0):
-    rng = np.random.default_rng(seed)
-    texts = [rng.integers(num_tokens, size=n).astype(np.uint8) for n in lengths]
-    return Corpus("tiny", list(map(str, range(len(lengths)))), texts)
-
-
-def words(*texts): return Corpus("words", list(map(str, range(len(texts)))), texts)
-
-
-def xl(**options):
-    torch.manual_seed(0)
-    model = TransformerXL(**(SIZES | dict(mem_len=7) | options)).double().eval()
-    for p in model.parameters(): torch.nn.init.normal_(p, std=0.4)
-    return model
-
-
-# Models of which every answer is known.
-
-
-@memory_state
-class Said:
-    mem: Tensor = slots(1)  # (b, m, 1) token ids, newest last
-    fill: Tensor = None     # (b,)
-
-
-class Parrot(MemoryLM):
-    """Gives the last token of the segment before 1 / 2, and shares the rest among all tokens."""
-    slots = 6
-
-    def __init__(self, num_tokens=128, seq_len=4): super().__init__(num_tokens, 2, seq_len)
-
-    def init_memory(self, batch_size, *, device=None, dtype=None):
-        return Said(torch.zeros(batch_size, self.slots, 1, dtype=torch.float64, device=device),
-                    torch.zeros(batch_size, dtype=torch.long, device=device))
-
-    def probabilities(self, memory):
-        last = memory.mem[:, -1, 0].long()
-        known = (torch.eye(self.num_tokens)[last].double() + 1 / self.num_tokens) / 2
-        there = filled(memory.fill, self.slots)[:, -1:]
-        return known.where(there, torch.tensor(1 / self.num_tokens, dtype=torch.float64))
-
-    def read(self, tokens, memory, mask):
-        logits = self.probabilities(memory).log()[:, None].expand(*tokens.shape, -1)
-        mem, fill = push(memory.mem, memory.fill, tokens[..., None], mask)
-        return Step(logits, Said(mem, fill), self.no_aux_loss())
-
-
-@memory_state
-class Pending:
-    """Like `Said`, but `carry` writes into the store that it was given."""
-    mem: Tensor = slots(1)
-    fill: Tensor = None
-    new: Tensor = None       # (b, n, 1)
-    new_mask: Tensor = None  # (b, n)
-
-    def on_carry(self, grad):
-        mem, fill = push(self.mem, self.fill, self.new, self.new_mask)
-        self.mem.copy_(mem), self.fill.copy_(fill)
-        return Pending(self.mem, self.fill, self.new[:, :0], self.new_mask[:, :0])
-
-
-class SpendingParrot(Parrot):
-    def init_memory(self, batch_size, *, device=None, dtype=None):
-        mem, fill = super().init_memory(batch_size, device=device)
-        return Pending(mem, fill, mem[:, :0], mem[:, :0, 0].bool())
-
-    def read(self, tokens, memory, mask):
-        out = super().read(tokens, Said(memory.mem, memory.fill), mask)
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        new = tokens[..., None].double()
-        return out._replace(memory=Pending(memory.mem, memory.fill, new, mask))
 
 
 def nats_of(model, text, memories, size):
@@ -102,15 +28,6 @@ def nats_of(model, text, memories, size):
         logits = model.step(part[None, :-1], memories[min(k, len(memories) - 1)]).logits[0]
         nats += (-logits.log_softmax(-1)[range(len(part) - 1), part[1:]]).tolist()
     return nats
-
-
-@torch.no_grad()
-def own_memories(model, text, size):
-    """What a document's own memory is before each of its segments, and at its end."""
-    memories, inputs = [model.init_memory(1)], torch.from_numpy(np.array(text, dtype=np.int64))[:-1]
-    for part in inputs.split(size):
-        memories.append(carry(model.step(part[None], clone(memories[-1])).memory))
-    return memories
 
 
 @torch.no_grad()
@@ -272,7 +189,7 @@ def test_the_caller_keeps_modes_random_numbers_and_gradients():
     model.layers[0].eval()
     modes, random = [m.training for m in model.modules()], torch.get_rng_state()
     found = evaluate(model, corpus())
-    token_bits(model, corpus()[1]), cost(model, [3])
+    token_bits(model, corpus()[1])
     assert [m.training for m in model.modules()] == modes and torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in model.parameters())
@@ -371,12 +288,6 @@ def test_a_single_document_has_no_interval():
     assert found.difference("off").value == found.bits("off") - found.bits("on")
 
 
-def test_wilson():
-    low, high = wilson(np.array([0, 0.5, 1]), 10)
-    np.testing.assert_allclose(low, [0, 0.2366, 0.7225], atol=1e-4)
-    np.testing.assert_allclose(high, [0.2775, 0.7634, 1], atol=1e-4)
-
-
 def test_estimates_are_written_with_any_number_format():
     assert f"{Estimate(.5, .25, .75):.0%}" == "50% [25%, 75%]"
     assert f"{Estimate(1, math.nan, 2)}" == "1.000 [–, 2.000]"
@@ -443,85 +354,6 @@ def test_other_files_are_refused(tmp_path, spoil):
         Evaluation.from_json(path)
 
 
-# Recall
-
-
-class Knows(Parrot):
-    """Says the first token of the text, always; without a memory, that of the segment."""
-    slots = 1
-
-    def read(self, tokens, memory, mask):
-        first = torch.where(memory.fill > 0, memory.mem[:, 0, 0].long(), tokens[:, 0])
-        logits = torch.eye(self.num_tokens)[first][:, None].expand(*tokens.shape, -1)
-        memory = Said(first[:, None, None].double(), torch.ones_like(memory.fill))
-        return Step(logits, memory, self.no_aux_loss())
-
-
-class Guesses(Parrot):
-    """Says "a", always."""
-    def read(self, tokens, memory, mask):
-        out = super().read(tokens, memory, mask)
-        return out._replace(logits=torch.eye(128)[97].expand(*tokens.shape, -1))
-
-
-@pytest.mark.parametrize("batch_size", [1, 5, 16, 100])
-def test_recall_of_models_that_always_and_never_know(batch_size):
-    task, distances = copy_task(1), [1, 5, 6, 33]
-    always = recall(Knows(), task, distances, episodes=33, batch_size=batch_size)
-    assert (always.accuracy == 1).all() and (always.exact == 1).all()
-    off = recall(Knows(), task, distances, episodes=33, batch_size=batch_size, memory=False)
-    assert off.accuracy[0] == 1 and (off.accuracy[1:] == 0).all()
-    guess = recall(Guesses(), task, distances, episodes=33, batch_size=batch_size)
-    low, high = guess.interval()
-    assert (low < task.chance).all() and (task.chance < high).all() and guess.chance == 1 / 16
-
-
-@pytest.mark.parametrize("batch_size", [2, 64])
-def test_recall_counts_tokens_and_whole_answers(batch_size):
-    task = copy_task(3, alphabet="ab")
-    found = recall(Knows(), task, [7, 20], episodes=40, batch_size=batch_size, seed=3)
-    for i, distance in enumerate([7, 20]):
-        stream = TaskStream(task.at(distance), 40, seq_len=100, seed=3, episodes=1)
-        segment = next(stream)
-        answers = segment.labels[segment.loss_mask].view(40, 3)
-        right = (answers == segment.tokens[:, :1]).double()
-        assert found.accuracy[i] == pytest.approx(right.mean().item())
-        assert found.exact[i] == pytest.approx(right.prod(1).mean().item())
-    assert 0 < found.exact[0] < found.accuracy[0] < 1
-
-
-def test_recall_results(tmp_path):
-    found = recall(Knows(), copy_task(1), (d for d in (1, 40)), episodes=8, memory=False)
-    table = found.table()
-    assert "| 1 | 100.0% [67.6%, 100.0%] | 100.0%" in table and "memory off" in table
-    assert "| 40 | 0.0% [0.0%, 32.4%]" in table and "6.2%" in repr(found)
-    found.to_json(tmp_path / "r.json")
-    again = Recall.from_json(tmp_path / "r.json")
-    assert again.table() == found.table() and again.settings == found.settings
-
-
-# Cost
-
-
-def test_cost():
-    found = cost(xl(), [0, 3, 12], batch_size=2, repeats=1, mem_len=4)
-    assert found.memory_bytes.tolist() == [3 * 4 * 12 * 8 + 8] * 3 and found.tokens == 10
-    assert (found.seconds > 0).all()
-    np.testing.assert_allclose(found.tokens_per_second * found.ms_per_token, 1e3)
-    assert found.table().count("\n| ") == 3 and "12:" in repr(found)
-
-
-def test_cost_counts_from_the_context_asked_for():
-    lengths = []
-    class Counts(SpendingParrot):
-        def read(self, tokens, memory, mask):
-            lengths.append((int(memory.fill[0]), tokens.shape[1]))
-            return super().read(tokens, memory, mask)
-    Counts.slots = 100
-    cost(Counts(), [3, 9], repeats=2)
-    assert lengths == [(0, 3)] + [(3, 4)] * 3 + [(3, 4), (7, 2)] + [(9, 4)] * 3
-
-
 # Refusals
 
 
@@ -545,13 +377,6 @@ def test_cost_counts_from_the_context_asked_for():
     (lambda: token_bits(xl(), [[1, 2], [3, 4]]), ValueError, "got torch.int64 of shape"),
     (lambda: token_bits(xl(), [1.0, 2.0]), ValueError, "tokens must be one sequence"),
     (lambda: token_bits(xl(), [1, 17]), ValueError, "tokens must lie between 0 and"),
-    (lambda: recall(xl(), copy_task(1), []), ValueError, "distances must be 1 or more"),
-    (lambda: recall(xl(), copy_task(1), [4], 0), ValueError, "episodes must be 1 or more"),
-    (lambda: recall(xl(), copy_task(1), [0]), ValueError, "distance: expected at least 1"),
-    (lambda: recall(xl(), copy_task(1), [4], menlen=4), TypeError, "menlen"),
-    (lambda: cost(xl(), [4], menlen=4), TypeError, "menlen"),
-    (lambda: cost(xl(), [8, 4]), ValueError, "contexts must increase"),
-    (lambda: cost(xl(), []), ValueError, "contexts must be 1 or more"),
 ])
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message): call()
@@ -620,65 +445,3 @@ def test_token_bits_refuse():
             (lambda: token_bits_by_mode(model, [99, 1]), "num_tokens"),
             (lambda: token_bits_by_mode(model, text).saved("foreign"), "without.*foreign")]:
         with pytest.raises(ValueError, match=words): call()
-
-
-# What was looked up
-
-class Looker(Parrot):
-    """Two heads: the first looks at the oldest memory, the second a quarter at each of the newest
-    two, and for the rest at itself."""
-    def look(self, tokens, memory):
-        (b, n), m = tokens.shape, self.slots
-        weights = torch.zeros(b, 2, n, m + n, dtype=torch.float64)
-        if memory.fill.any():
-            weights[:, 0, :, m - int(memory.fill[0])] = 1
-            weights[:, 1, :, m - 2:m] = .25
-            weights[:, 1] += .5 * torch.eye(n, m + n).roll(m, 1)
-        else: weights[..., m:] = torch.eye(n)
-        return [in_line(1, weights, "xl"), in_line(2, weights[:, :1, :, m:], "xl")]
-
-
-def test_a_lookup_finds_the_tokens_and_their_ages():
-    text = ByteTokenizer().encode("abcdefghijklmnopqrstuvwxyz")
-    found = lookup(Looker(), text, at=17)        # "r"; its segment is "qrst", the memory "klmnop"
-    assert [(read.layer, read.head, read.weight, read.age, read.start, read.stop)
-            for read in found.reads] == [(1, 0, 1.0, 7, 10, 11), (1, 1, .25, 2, 15, 16),
-                                         (1, 1, .25, 3, 14, 15)]
-    assert "opq«r»stu" in found.text(context=3).splitlines()[0]
-    assert "hij«k»lmn" in found.text(context=3).splitlines()[2]
-    assert len(lookup(Looker(), text, at=17, top=1).reads) == 1
-    assert {read.head for read in lookup(Looker(), text, at=17, head=0, layer=1).reads} == {0}
-    assert lookup(Looker(), text, at=-9).reads == found.reads
-    assert "nothing" in repr(lookup(Looker(), text, at=2))
-    assert lookup(Looker(), text, at=17, layer=2).reads == []
-
-
-def test_a_lookup_refuses():
-    text = corpus([30]).documents[0]
-    for call, words in [(lambda: lookup(xl(), text, at=30), "at must be.*30"),
-                        (lambda: lookup(xl(), text, at=1, layer=4), "layer must be 1 to 3.*4"),
-                        (lambda: lookup(xl(), text, at=1, head=3), "head.*3"),
-                        (lambda: lookup(xl(), text, at=1, top=0), "top.*0")]:
-        with pytest.raises(ValueError, match=words): call()
-    with pytest.raises(NotImplementedError, match="Parrot.*look"): lookup(Parrot(), text, at=3)
-
-
-@each
-def test_every_mechanism_says_what_it_looked_up(mechanism):
-    """The reads are the largest weights of the query, and none lies in the future."""
-    model, text = mechanism.make(), corpus([40]).documents[0]
-    found = lookup(model, text, at=37, top=5)
-    ids = torch.from_numpy(text.astype(np.int64))[None]
-    start, weights = 37 - 37 % model.seq_len, []
-    memory = own_memories(model, text[:start + 1], model.seq_len)[-1]
-    for seen in model.attention_weights(ids[:, start:38], memory):
-        memories = torch.tensor([kind not in ("", "segment") for kind in seen.kinds])
-        weights.append(seen.weights[0, :, -1, memories].flatten())
-    best = torch.cat(weights).sort(descending=True).values[:5]
-    best = best[best > 0]
-    torch.testing.assert_close(torch.tensor([read.weight for read in found.reads]).double(),
-                               best.double())
-    for read in found.reads:
-        assert read.age >= 0 and read.stop == 37 - read.age + 1 and 0 <= read.start <= read.stop \
-            or read.start == read.stop
-    assert len(found.text().splitlines()) == 2 + len(found.reads)

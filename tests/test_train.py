@@ -24,7 +24,7 @@ from memformers import TransformerXL, carry, load_memory, reset, select
 from memformers.data import Corpus, DocumentStream
 from memformers.tasks import TaskStream, copy_task
 from memformers.train import (NonFiniteLoss, Trainer, TrainOptions, _Unroll, latest_checkpoint,
-                              learning_rate, parameter_groups, read_metrics, train)
+                              learn, learning_rate, parameter_groups, read_metrics, train)
 
 FAST = dict(cpu=True, progress=False, batch_size=4, save_every=5, log_every=3, warmup=3)
 
@@ -232,6 +232,56 @@ def test_the_auxiliary_loss_is_a_mean_with_a_weight(tmp_path):
     plain = trainer(tmp_path / "plain", small().double(), segments=2, accumulate=2, clip=None)
     plain.learner.update(list(islice(plain.stream, 2)), 0)
     torch.testing.assert_close(run.model.norm.bias.grad, plain.model.norm.bias.grad + 0.5 * 3)
+
+
+# The loop of a lesson
+
+def test_learn_is_the_loop_by_hand():
+    """Schedule, clipped gradients over two segments, and decay of matrices alone."""
+    stream = lambda: DocumentStream(letters(), 4, 6)
+    model, mine = small().double(), small().double()
+    losses = learn(model, stream(), steps=5, lr=1e-2, segments=2, warmup=2, clip=0.5)
+    options = TrainOptions(steps=5, lr=1e-2, warmup=2)
+    optimizer, memory = torch.optim.AdamW(parameter_groups(mine, 0.01), betas=(0.9, 0.98)), None
+    segments = stream()
+    for step in range(5):
+        nll, labels = 0, 0
+        for number in range(2):
+            segment = next(segments)
+            memory = mine.init_memory(4) if memory is None else memory
+            out = mine.step(segment.tokens, reset(memory, segment.start), segment.mask)
+            memory = carry(out.memory, grad=number == 0)
+            count = segment.loss_mask
+            nll = nll + F.cross_entropy(out.logits[count], segment.labels[count], reduction="sum")
+            labels += int(count.sum())
+        for group in optimizer.param_groups: group["lr"] = learning_rate(step, options)
+        optimizer.zero_grad()
+        (nll / labels).backward()
+        torch.nn.utils.clip_grad_norm_(mine.parameters(), 0.5)
+        optimizer.step()
+        assert losses[step] == pytest.approx(nll.item() / labels)
+    for x, y in zip(model.parameters(), mine.parameters()): torch.testing.assert_close(x, y)
+
+
+def test_learn_leaves_the_weights_alone_where_no_label_counts():
+    model = small().eval()
+    before = model.embedding.weight.clone()
+    losses = learn(model, TaskStream(copy_task(length=1, delay=12), 4, 6), steps=2)
+    assert math.isnan(losses[0]) and math.isnan(losses[1]) and not model.training
+    assert torch.equal(model.embedding.weight, before)
+
+
+def test_learn_refuses():
+    stream = DocumentStream(letters(documents=4), 4, 6, epochs=1)
+    with pytest.raises(ValueError, match="the stream ended in update [0-9]+ of 1000"):
+        learn(small(), stream, steps=1000)
+    with pytest.raises(ValueError, match="segments must be a whole number from 1; got 0"):
+        learn(small(), stream, steps=1, segments=0)
+    model = small()
+    model.norm.weight.data[0] = torch.inf
+    with pytest.raises(NonFiniteLoss, match="in update 1 the loss is .*smaller lr"):
+        learn(model, DocumentStream(letters(), 4, 6), steps=2)
+    assert model.training
 
 
 # Stopping and going on
