@@ -11,9 +11,10 @@ import torch
 from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.colors import same_color, to_rgb
 
-from memformers.plots import (KINDS, PALETTE, figure, plot_attention, plot_bits_by_position,
+from memformers import plots
+from memformers.plots import (KINDS, PALETTE, figure, look, plot_attention, plot_bits_by_position,
                               plot_cost, plot_loss, plot_memory, plot_painted_text, plot_reach,
-                              plot_recall, save_figure)
+                              plot_recall, save_figure, style)
 
 SEGMENT = ["segment"] * 4
 EDGES = [0, 64, 128, 256]
@@ -58,13 +59,21 @@ def drawn(ax):
 # --- the palette
 
 def test_palette_has_a_colour_of_its_own_for_each_kind():
-    wanted = {"segment", "xl", "compressed", "long_term", "retrieved", "off", "foreign", "shuffled",
-              "chance"}
+    wanted = {"segment", "xl", "compressed", "long_term", "retrieved", "feedback", "tokens",
+              "state", "on", "off", "foreign", "shuffled", "full", "without", "chance"}
     assert wanted <= set(PALETTE)
-    assert len({to_rgb(color) for color in PALETTE.values()}) == len(PALETTE)
+    colors = [*PALETTE.values(), *(kind.color for kind in plots._OTHERS)]
     gaps = [np.abs(np.subtract(to_rgb(a), to_rgb(b))).max()
-            for a in PALETTE.values() for b in PALETTE.values() if a != b]
+            for i, a in enumerate(colors) for b in colors[:i]]
     assert min(gaps) > .15
+
+
+def test_a_line_takes_its_look_from_its_kind():
+    fig, ax = figure()
+    drawn, = ax.plot([1, 2], **look("xl", "ours"))
+    assert same_color(drawn.get_color(), PALETTE["xl"]) and drawn.get_label() == "ours"
+    assert (drawn.get_linestyle(), drawn.get_marker()) == (KINDS["xl"].linestyle, "s")
+    with pytest.raises(ValueError, match="kind must be one of.*'cache'"): look("cache")
 
 
 def test_colour_is_never_the_only_cue():
@@ -200,6 +209,8 @@ def test_names_take_the_look_of_their_kind_or_one_that_is_free():
     looks = {line.get_label(): line.get_color() for line in ax.lines}
     assert looks["XL memory"] == PALETTE["xl"] and looks["ours"] == PALETTE["retrieved"]
     assert len(set(looks.values())) == 4
+    meaning = set(PALETTE.values()) - {PALETTE["xl"], PALETTE["retrieved"]}
+    assert not meaning & {*looks.values()}   # no kind's colour for what is of no kind
 
 
 def test_bits_draw_steps_between_the_edges():
@@ -312,6 +323,62 @@ def test_a_few_large_numbers_do_not_pale_the_others():
     ax = plot_painted_text("x" * 200, values, limit=50)
     assert next(c for c in ax.collections if isinstance(c, QuadMesh)).get_clim() == (-50, 50)
     assert plot_painted_text("xy", [0, 0]).collections, "nothing to paint is no error"
+
+
+# --- titles, and what a notebook keeps
+
+@every_figure
+def test_title_stands_above_everything(call):
+    ax = call(title="What to see")
+    ax.figure.canvas.draw()
+    title = ax.figure._suptitle
+    assert title.get_text() == "What to see"
+    parts = [ax.get_legend(), ax.xaxis, ax.yaxis]
+    boxes = [part.get_tightbbox() for part in parts if part]
+    assert title.get_window_extent().y0 >= max(box.y1 for box in boxes) - 1
+    assert title.get_window_extent().x1 <= ax.figure.bbox.x1
+
+
+@every_figure
+def test_title_of_a_panel_stands_above_its_legend(call):
+    _, axes = figure(ncols=2, height=3.2)
+    ax = call(ax=axes[1], title="One panel")
+    ax.figure.canvas.draw()
+    assert ax.get_title(loc="left") == "One panel"
+    if ax.get_legend():
+        assert ax._left_title.get_window_extent().y0 >= ax.get_legend().get_window_extent().y1 - 1
+
+
+def kept(ax, monkeypatch):
+    "What a notebook keeps of a figure, and the sizes that go with it."
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata:
+                        shown.append((data, metadata)))
+    ax.figure._ipython_display_()
+    return shown[0]
+
+
+@every_figure
+def test_notebook_keeps_the_same_small_svg(call, monkeypatch):
+    data, _ = kept(call(title="t"), monkeypatch)
+    with plt.style.context(["dark_background", {"font.size": 20, "svg.hashsalt": "other"}]):
+        again, _ = kept(call(title="t"), monkeypatch)
+    assert data == again and set(data) == {"image/svg+xml", "text/plain"}
+    svg = data["image/svg+xml"]
+    assert svg.startswith("<svg") and "dc:date" not in svg and matplotlib.__version__ not in svg
+    assert len(svg.encode()) <= 100_000
+
+
+def test_notebook_keeps_a_large_figure_as_png(monkeypatch):
+    values = np.zeros(2000)
+    data, size = kept(plot_painted_text("abcde fgh\n" * 200, values), monkeypatch)
+    assert set(data) == {"image/png", "text/plain"} and size["image/png"]["width"] > 50
+
+
+def test_style_ends_where_it_should():
+    before = plt.rcParams.copy()
+    with style(): assert plt.rcParams["svg.hashsalt"] == "memformers"
+    assert plt.rcParams == before
 
 
 # --- saving
