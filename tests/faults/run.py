@@ -5,15 +5,19 @@ notice, and the lines before and after. Faults are applied to a copy; the tree i
 
     python tests/faults/run.py            all faults
     python tests/faults/run.py NAME …     some
+    python tests/faults/run.py --jobs 4   at most four at a time; default: one for each core
 """
+import argparse
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -41,49 +45,86 @@ def read(path: Path) -> Fault:
                  was.rstrip("\n"), becomes.rstrip("\n"))
 
 
-def passes(copy: Path, tests: list[str]) -> bool:
-    """Do the tests pass on the package of the copy?"""
+def run(copy: Path, *command: str) -> subprocess.CompletedProcess:
+    """Run Python on the package of the copy."""
     env = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1",
                         "PYTHONDONTWRITEBYTECODE": "1"}
-    where = subprocess.run([sys.executable, "-c", "import memformers; print(memformers.__file__)"],
-                           cwd=copy, env=env, capture_output=True, text=True)
-    broken = where.returncode != 0   # the fault is so bad that the package does not import
-    if not broken and not where.stdout.startswith(str(copy)):
-        raise SystemExit(f"the copy in {copy} is not what is imported, but {where.stdout.strip()}")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
-    if done.returncode not in (0, 1) and not broken:
-        raise SystemExit(f"pytest could not run {tests}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 0
+    return subprocess.run([sys.executable, *command], cwd=copy, env=env, capture_output=True,
+                          text=True)
 
 
-def main(names: list[str]) -> int:
+def imported(copy: Path) -> str:
+    """Where the package is imported from; empty if it can't be imported."""
+    return run(copy, "-c", "import memformers; print(memformers.__file__)").stdout.strip()
+
+
+def failing(copy: Path, tests: list[str]) -> str:
+    """The first test that fails on the package of the copy; empty if all pass."""
+    done = run(copy, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests)
+    # With another code pytest could not run, perhaps because the package can't be imported.
+    if done.returncode not in (0, 1):
+        if not imported(copy): return "import memformers"
+        said = done.stdout[-2000:] + done.stderr[-2000:]
+        raise SystemExit(f"pytest could not run {tests}:\n{said}")
+    if done.returncode == 0: return ""
+    return next((line.split(" - ")[0].split()[-1] for line in done.stdout.splitlines()
+                 if line.startswith(("FAILED", "ERROR "))), "a test")
+
+
+def verdict(fault: Fault, copy: Path) -> tuple[str, str]:
+    """What the tests say of the copy with the fault in it, and which; it is mended afterwards."""
+    began = time.time()
+    target = copy / fault.file
+    whole = target.read_text(encoding="utf-8")
+    if whole.count(fault.was) != 1:
+        return "STALE", f"its lines are found {whole.count(fault.was)} times in {fault.file}"
+    target.write_text(whole.replace(fault.was, fault.becomes), encoding="utf-8")
+    try:
+        test = failing(copy, fault.tests)
+        seconds = round(time.time() - began)
+        return ("caught", f"{test}, {seconds} s") if test else ("SURVIVED", f"all of {fault.tests}")
+    finally: target.write_text(whole, encoding="utf-8")
+
+
+def main(names: list[str], jobs: int) -> int:
     faults = [read(path) for path in sorted(HERE.glob("*.fault"))]
     unknown = set(names) - {f.name for f in faults}
     if unknown: raise SystemExit(f"no such fault: {', '.join(sorted(unknown))}")
     faults = [f for f in faults if not names or f.name in names]
-    bad, began = 0, time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder).resolve() / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
-            ".*", "_docs", "_proc", "*.egg-info", "__pycache__", "runs", "build", "dist"))
-        tests = sorted({t for f in faults for t in f.tests})
+    bad, began, copies = 0, time.time(), Queue()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        for i in range(jobs):
+            copy = Path(folder).resolve() / f"copy{i}"
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
+                ".*", "_docs", "_proc", "*.egg-info", "__pycache__", "runs", "build", "dist"))
+            copies.put(copy)
+        if not imported(copy).startswith(str(copy)):
+            raise SystemExit(f"the copy is not what is imported, but {imported(copy)}")
+
+        def on_a_copy(work):
+            copy = copies.get()
+            try: return work(copy)
+            finally: copies.put(copy)
+
         print(f"{len(faults)} faults. First the tests without any: ", end="", flush=True)
-        if not passes(copy, tests): raise SystemExit("they fail, so they prove nothing.")
-        print(f"they pass ({time.time() - began:.0f} s).")
-        for fault in faults:
-            target = copy / fault.file
-            whole = target.read_text(encoding="utf-8")
-            if whole.count(fault.was) != 1:
-                verdict = f"STALE: its lines stand {whole.count(fault.was)} times in {fault.file}"
-            else:
-                target.write_text(whole.replace(fault.was, fault.becomes), encoding="utf-8")
-                verdict = "SURVIVED" if passes(copy, fault.tests) else "caught"
-                target.write_text(whole, encoding="utf-8")
-            bad += verdict != "caught"
-            print(f"  {verdict:9} {fault.name}: {fault.what}", flush=True)
+        files = {}   # the tests without a fault, file by file
+        for test in sorted({t for f in faults for t in f.tests}):
+            files.setdefault(test.split("::")[0], []).append(test)
+        found = pool.map(lambda tests: on_a_copy(lambda copy: failing(copy, tests)), files.values())
+        if found := [test for test in found if test]:
+            raise SystemExit(f"{', '.join(found)} fails, so they prove nothing.")
+        print(f"they pass ({time.time() - began:.0f} s).", flush=True)
+        verdicts = pool.map(lambda f: on_a_copy(lambda copy: verdict(f, copy)), faults)
+        for fault, (said, why) in zip(faults, verdicts):
+            bad += said != "caught"
+            print(f"  {said:9} {fault.name}: {fault.what} ({why})", flush=True)
     print(f"{len(faults) - bad} caught, {bad} not, {time.time() - began:.0f} s.")
     return 1 if bad else 0
 
 
-if __name__ == "__main__": sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of the faults; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies tested at a time")
+    given = parser.parse_args()
+    sys.exit(main(given.names, given.jobs))
