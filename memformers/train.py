@@ -19,20 +19,21 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .data import Corpus, DocumentStream
-from .files import atomic_write, load_memory, read_config, save_memory
+from .files import _fit_weights, atomic_write, load_memory, save_memory
 from .memory import carry, reset
 from .model import MemoryLM
-from .tasks import TaskStream
+from .tasks import RecallTask, TaskStream
 
 # %% ../nbs/18_train.ipynb #b4785536
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class TrainOptions:
     "How to train: plain values, as JSON knows them."
     steps: int = 1000       # updates of the weights in the whole run
     batch_size: int = 16    # rows read for one update, in all processes together
-    segments: int = 1       # segments read for one update: how far gradients reach back
+    segments: int | None = None # segments read for one update: how far gradients reach back;
+                                # None: as many as the model asks for, most ask for one
     accumulate: int = 1     # the rows of a process are read in so many parts, one after the other
     lr: float = 1e-3        # highest learning rate
     min_lr: float = 0.1     # learning rate at the end, as a fraction of `lr`
@@ -67,12 +69,15 @@ class TrainOptions:
 
 # %% ../nbs/18_train.ipynb #a9cb2f3d
 def _whole(value): return isinstance(value, int) and not isinstance(value, bool)
-def _number(value): return isinstance(value, (int, float)) and math.isfinite(value)
+def _count(value): return _whole(value) and value >= 0
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 _RULES = [
-    ("steps batch_size segments accumulate save_every keep log_every",
+    ("steps batch_size accumulate save_every keep log_every",
      "a whole number from 1", lambda v: _whole(v) and v >= 1),
-    ("warmup seed", "a whole number from 0", lambda v: _whole(v) and v >= 0),
+    ("segments", "a whole number from 1, or None", lambda v: v is None or _whole(v) and v >= 1),
+    ("warmup seed", "a whole number from 0", _count),
     ("lr", "a number above 0", lambda v: _number(v) and v > 0),
     ("clip", "a number above 0, or None", lambda v: v is None or _number(v) and v > 0),
     ("weight_decay aux_weight", "a number from 0", lambda v: _number(v) and v >= 0),
@@ -130,6 +135,29 @@ class _Unroll(nn.Module):
             nll, aux = nll + _sum_nll(out.logits, segment), aux + out.aux_loss
         return nll, aux / len(segments), memory
 
+# %% ../nbs/18_train.ipynb #c7fe3751
+def _for_model(model, options: TrainOptions) -> TrainOptions:
+    "The options with as many segments as the model asks for, where they leave that open."
+    if not isinstance(model, MemoryLM):
+        raise TypeError(f"model must be a MemoryLM; got {type(model).__name__}")
+    if not isinstance(options, TrainOptions):
+        raise TypeError(f"options must be TrainOptions; got {type(options).__name__}")
+    return replace(options, segments=options.segments or getattr(model, "train_segments", 1))
+
+# %% ../nbs/18_train.ipynb #6782f9f4
+_FIRST_UPDATES = 20  # enough for most memories to fill
+
+def _warn_untrained(model, optimizer, step: int, segments: int):
+    "Name the weights that have had no gradient so far."
+    names = [name for name, p in model.named_parameters()
+             if p.requires_grad and p not in optimizer.state]
+    if not names or not optimizer.state: return
+    more = ", …" if len(names) > 3 else ""
+    hint = ("What writes a memory learns only from later segments: give segments=2 or more."
+            if segments == 1 else "They may begin to learn once the memory is full.")
+    warnings.warn(f"{len(names)} weights have had no gradient in {step} updates and do not learn: "
+                  f"{', '.join(names[:3])}{more}. {hint}", stacklevel=2)
+
 # %% ../nbs/18_train.ipynb #7eebfe76
 class NonFiniteLoss(RuntimeError):
     "The loss or its gradient is infinite or not a number."
@@ -156,14 +184,18 @@ def learn(
     stream,                # of segments, such as a DocumentStream or a TaskStream
     steps: int,            # updates of the weights
     lr: float = 3e-3,      # highest learning rate
-    segments: int = 1,     # segments read for one update: how far gradients reach back
+    segments: int | None = None, # segments read for one update; None: as the model asks
     warmup: int = 20,      # updates until `lr` is reached
     min_lr: float = 0.1,   # learning rate at the end, as a fraction of `lr`
     clip: float | None = 1.0, # longest gradient, all weights together; None: any length
 ) -> list[float]:          # loss of each update in nats per label; NaN where no label counted
     "Train a model on the device that it is on: the loop of a lesson, without files."
-    options = TrainOptions(steps=steps, lr=lr, segments=segments, warmup=warmup, min_lr=min_lr,
-                           clip=clip, betas=(0.9, 0.98))
+    options = _for_model(model, TrainOptions(
+        steps=steps, lr=lr, segments=segments, warmup=warmup, min_lr=min_lr, clip=clip,
+        betas=(0.9, 0.98)))
+    if not hasattr(stream, "rows"):
+        raise TypeError(f"stream must give segments, as a DocumentStream or a TaskStream does; "
+                        f"got {type(stream).__name__}")
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr, options.betas)
     unroll, memory, losses = _Unroll(model), model.init_memory(len(stream.rows)), []
     training = model.training
@@ -179,6 +211,8 @@ def learn(
                                     "smaller lr, a longer warmup or a smaller clip")
             if labels or aux.requires_grad:
                 _update(model, optimizer, nll / max(1, labels) + aux, step, options)
+            if step + 1 == min(steps, _FIRST_UPDATES):
+                _warn_untrained(model, optimizer, step + 1, options.segments)
     finally: model.train(training)
     return losses
 
@@ -214,11 +248,13 @@ def _trackers(folder, options):
 def read_metrics(
     folder, # of a run
 ) -> list[dict]:
-    "The lines of a run's `metrics.jsonl`. A line that a kill has cut in half is left out."
+    "The lines of a run's `metrics.jsonl`, without those that a kill has cut or others have added."
     path, lines = Path(folder) / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try: lines.append(json.loads(line))
-        except json.JSONDecodeError: pass
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try: value = json.loads(line)
+        except json.JSONDecodeError: continue
+        if isinstance(value, dict) and _count(value.get("step")): lines.append(value)
     return lines
 
 def _cut_metrics(folder, step):
@@ -249,7 +285,7 @@ def _seeded(seed, device) -> dict[str, Tensor]:
         return _random_state(device)
 
 # %% ../nbs/18_train.ipynb #7f819713
-def _draft(path): return path.with_name(f".{path.name}.draft")
+def _draft(path, mark): return path.with_name(f".{path.name}.{mark}.draft")
 
 def _remove_drafts(folder):
     "Clear away what earlier runs in this folder were writing when they were killed."
@@ -265,18 +301,24 @@ def _sync(*folders):
         try: os.fsync(descriptor)
         finally: os.close(descriptor)
 
+def _step_of(path) -> int:
+    "Updates that were done at a checkpoint, by its name; -1 if that is no checkpoint's."
+    number = path.name.removeprefix("step_")
+    return int(number) if path.name.startswith("step_") and number.isdecimal() else -1
+
 def _checkpoints(folder):
     "The checkpoints of a run, the oldest first."
-    return sorted(p for p in (Path(folder) / "checkpoints").glob("step_*") if p.is_dir())
+    found = (p for p in (Path(folder) / "checkpoints").glob("step_*") if p.is_dir())
+    return sorted((p for p in found if _step_of(p) >= 0), key=_step_of)
 
-def _publish(path, keep):
+def _publish(path, keep, mark):
     "Turn a finished draft into the checkpoint `path`; of all checkpoints, keep the newest."
-    _sync(*_draft(path).glob("process_*"), _draft(path))
-    os.replace(_draft(path), path)
+    _sync(*_draft(path, mark).glob("process_*"), _draft(path, mark))
+    os.replace(_draft(path, mark), path)
     _sync(path.parent)
     for old in _checkpoints(path.parent.parent)[:-keep]:
-        os.replace(old, _draft(old))
-        shutil.rmtree(_draft(old))
+        os.replace(old, _draft(old, mark))
+        shutil.rmtree(_draft(old, mark))
 
 # %% ../nbs/18_train.ipynb #b89a6a06
 def latest_checkpoint(
@@ -299,36 +341,107 @@ def _moments(model, optimizer) -> dict[str, Tensor]:
     return {f"{name}/{key}": value for name, p in model.named_parameters()
             for key, value in optimizer.state.get(p, {}).items()}
 
+def _check_moments(model, moments):
+    "Refuse moments that belong to other weights."
+    shapes = {f"{name}/{what}": () if what == "step" else tuple(p.shape)
+              for name, p in model.named_parameters() for what in ("step", "exp_avg", "exp_avg_sq")}
+    for key, value in moments.items():
+        if shapes.get(key) != tuple(value.shape):
+            raise ValueError(f"optimizer.safetensors holds {key} of shape {tuple(value.shape)}; "
+                             f"this model has {shapes.get(key, 'no such weight')}")
+
 def _restore_moments(model, optimizer, moments):
     "The reverse of `_moments`."
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, value in moments.items():
-        name, what = key.rsplit("/", 1)
+        name, _, what = key.rpartition("/")
         p = parameters[name]
         # AdamW counts its steps on the host.
         where = "cpu" if what == "step" else p.device
         optimizer.state[p][what] = value.to(where, copy=True)
+
+# %% ../nbs/18_train.ipynb #098f3468
+def _holder(folder) -> str:
+    "Who holds the lock of a run's folder, as far as is known."
+    try:
+        held = json.loads((folder / "run.lock.json").read_text(encoding="utf-8"))
+        return f"process {held['process']} on {held['machine']}, since {held['since']}"
+    except (OSError, ValueError, LookupError, TypeError): return "another process"
+
+class _Lock:
+    "Keeps others out of a run's folder; its holder may enter it again."
+    def __init__(self, folder, accelerator):
+        from filelock import FileLock  # comes with torch
+        self.folder, self.accelerator = folder, accelerator
+        self.lock = FileLock(folder / "run.lock", timeout=0)
+
+    def __enter__(self):
+        # Only the main process holds it, but no process goes on without it.
+        here = not self.accelerator.is_main_process or self._acquire()
+        flag = torch.tensor(float(here), device=self.accelerator.device)
+        if self.accelerator.reduce(flag, "sum") == self.accelerator.num_processes: return self
+        raise BlockingIOError(f"{self.folder} is in use by {_holder(self.folder)}. Wait until it "
+                              "has ended, or stop it, or give another folder.")
+
+    def _acquire(self) -> bool:
+        from filelock import Timeout
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try: self.lock.acquire()
+        except Timeout: return False
+        if self.lock.lock_counter == 1:
+            _write_json(self.folder / "run.lock.json", dict(
+                process=os.getpid(), machine=platform.node(),
+                since=time.strftime("%Y-%m-%d %H:%M:%S")))
+        return True
+
+    def __exit__(self, *error):
+        if not self.accelerator.is_main_process: return
+        if self.lock.lock_counter == 1:
+            (self.folder / "run.lock.json").unlink(missing_ok=True)
+        self.lock.release()
+
+# %% ../nbs/18_train.ipynb #9f320655
+@contextmanager
+def _writing(folder, what: str, draft=None):
+    "Say what to do when a run cannot write a file; what was written before stays as it is."
+    try: yield
+    except (OSError, SafetensorError) as error:
+        if draft: shutil.rmtree(draft, ignore_errors=True)
+        last = latest_checkpoint(folder)
+        where = f"go on from {last.name}" if last else "begin again, as there is no checkpoint yet"
+        raise OSError(f"{what} could not be written in {folder}: {error}. Make sure that the disk "
+                      "has free space and that you may write there. Then start the run again: it "
+                      f"will {where}.") from error
 
 # %% ../nbs/18_train.ipynb #bf15f462
 _FORMAT = "memformers.checkpoint.1"
 
 @contextmanager
 def _reading(path):
-    "Say what is wrong with a checkpoint that cannot be read."
-    try: yield
+    "Tell apart why a checkpoint cannot be read, and say what to do in each case."
+    delete = "Delete that folder to resume from the checkpoint before it, if there is one."
+    try:
+        # First, because other libraries call a file missing that may only not be read.
+        for file in sorted(path.rglob("*")):
+            if file.is_file(): open(file, "rb").close()
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is incomplete, a file is missing: {error}. {delete}") from error
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error}. It may be a good checkpoint, so do not "
+                      "delete it: look at its permissions and at the disk.") from error
     except Exception as error:
-        raise ValueError(f"{path} is not a whole checkpoint of this run: {error}. Delete that "
-                         "folder to resume from the checkpoint before it, if there is one."
-                         ) from error
+        torn = (SafetensorError, json.JSONDecodeError, UnicodeDecodeError)
+        if isinstance(error, torn) or isinstance(error.__cause__, torn):
+            raise ValueError(f"{path} is damaged, perhaps truncated: {error}. {delete}") from error
+        raise ValueError(f"{path} holds something else than a checkpoint of this run: {error}. "
+                         "Move it away, or begin a new run in another folder.") from error
 
-def _read_json(path): return json.loads(path.read_text(encoding="utf-8"))
-
-def _read_state(path):
-    state = _read_json(path / "state.json")
-    if state.get("format") != _FORMAT:
-        raise ValueError(f"its format is {state.get('format')!r}, expected {_FORMAT!r}")
-    return state
+def _read_json(path) -> dict:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(value, dict): return value
+    raise ValueError(f"{path.name} holds a {type(value).__name__}, expected a JSON object")
 
 def _check_same(path, saved: dict, here: dict):
     "Refuse to go on where what must be the same is not."
@@ -337,6 +450,26 @@ def _check_same(path, saved: dict, here: dict):
     if wrong:
         raise ValueError(f"cannot resume from {path}: {'; '.join(sorted(wrong))}. "
                          "Give the same values, or begin a new run in another folder.")
+
+# %% ../nbs/18_train.ipynb #813739e6
+_STATE = {
+    "format": (f"{_FORMAT!r}", lambda v, path: v == _FORMAT),
+    "step": ("the number in the folder's name", lambda v, path: _count(v) and v == _step_of(path)),
+    "tokens": ("a whole number from 0", lambda v, path: _count(v)),
+    "tally": ("numbers", lambda v, path: isinstance(v, dict) and v.keys() == _EMPTY.keys()
+              and all(map(_number, v.values()))),
+    "must_stay": ("a JSON object", lambda v, path: isinstance(v, dict)),
+    "options": ("a JSON object", lambda v, path: isinstance(v, dict)),
+    "scaler": ("a JSON object or null", lambda v, path: v is None or isinstance(v, dict)),
+}
+
+def _read_state(path) -> dict:
+    "What a checkpoint says about itself, checked."
+    state = _read_json(path / "state.json")
+    for key, (expected, good) in _STATE.items():
+        if not good(state.get(key), path):
+            raise ValueError(f"{key} in state.json must be {expected}; got {state.get(key)!r}")
+    return state
 
 # %% ../nbs/18_train.ipynb #9d7047ed
 def _warn_changes(saved: dict, options: TrainOptions):
@@ -405,6 +538,7 @@ class _Learner:
         self.model, self.accelerator, self.options, self.rows = model, accelerator, options, rows
         self.unroll, self.optimizer = accelerator.prepare(_Unroll(model), torch.optim.AdamW(
             parameter_groups(model, options.weight_decay), options.lr, options.betas))
+        self.updates = 0
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.memories = [model.init_memory(rows // options.accumulate)
                          for _ in range(options.accumulate)]
@@ -447,6 +581,10 @@ class _Learner:
             raise NonFiniteLoss(f"in update {step + 1} the loss is {nll + aux}, "
                                 f"the length of its gradient {norm}")
         self.optimizer.step()
+        self.updates += 1
+        if self.updates == min(_FIRST_UPDATES, self.options.steps):
+            _warn_untrained(self.model, self.optimizer.optimizer, self.updates,
+                            self.options.segments)
         labels, tokens = counts.tolist()
         return dict(nll=nll, aux_loss=aux, labels=labels, tokens=tokens, stop=bool(stop),
                     lr=rate, grad_norm=norm if math.isfinite(norm) else None)
@@ -471,14 +609,35 @@ def _save(run, draft):
         must_stay=_must_stay(run), options=asdict(run.options), versions=_versions(),
         scaler=scaler and scaler.state_dict()))
 
-def _load(run, path, state):
-    "Set everything to where a checkpoint stands."
+# %% ../nbs/18_train.ipynb #305664f2
+def _check_random(found, here):
+    "Refuse what is no state of these random numbers."
+    shape = lambda state: {k: (tuple(t.shape), t.dtype) for k, t in state.items()}
+    if shape(found) != shape(here):
+        raise ValueError(f"random.safetensors holds {shape(found)}, expected {shape(here)}")
+
+def _load(run, path) -> dict:
+    "What a checkpoint holds, checked against the run."
     learner, own = run.learner, _own(run, path)
-    run.model.load_state_dict(load_file(path / "model.safetensors"))
-    _restore_moments(run.model, learner.optimizer, load_file(path / "optimizer.safetensors"))
-    learner.random = load_file(own / "random.safetensors")
-    learner.memories = [load_memory(own / f"memory_{i}.safetensors", memory)
-                        for i, memory in enumerate(learner.memories)]
+    found = dict(weights=load_file(path / "model.safetensors"),
+                 moments=load_file(path / "optimizer.safetensors"),
+                 random=load_file(own / "random.safetensors"),
+                 stream=_read_json(own / "stream.json"))
+    _fit_weights(path / "model.safetensors", found["weights"], run.model)
+    _check_moments(run.model, found["moments"])
+    _check_random(found["random"], learner.random)
+    found["memories"] = [load_memory(own / f"memory_{i}.safetensors", memory)
+                         for i, memory in enumerate(learner.memories)]
+    return found
+
+def _restore(run, found: dict, state: dict):
+    "Set everything to what a checkpoint holds."
+    learner = run.learner
+    run.stream.load_state_dict(found["stream"])
+    run.model.load_state_dict(found["weights"])
+    _restore_moments(run.model, learner.optimizer, found["moments"])
+    learner.random = found["random"]
+    learner.memories = found["memories"]
     if state["scaler"] and run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step, run.tokens, run.tally = state["step"], state["tokens"], state["tally"]
@@ -498,6 +657,27 @@ def _must_stay(run) -> dict:
                  dtype=str(run.model.embedding.weight.dtype))
     return same | {f"model.{k}": v for k, v in run.model.config().items()}
 
+# %% ../nbs/18_train.ipynb #80123fdb
+def _mark() -> str:
+    "A name for the drafts of this run, the same in all its processes."
+    from accelerate.utils import broadcast_object_list
+    return str(broadcast_object_list([os.getpid()])[0])
+
+def _run_folder(folder) -> Path:
+    "The folder of a run; what exists must be a folder."
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder):
+        raise TypeError(f"folder must be the path of a run's folder; got {folder!r}")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise NotADirectoryError(f"folder must be a folder, or not exist yet; {folder} is a file")
+    return Path(folder)
+
+def _refuse_store_on_disk(model):
+    "Training keeps the memory of every row itself, and writes it with its checkpoints."
+    if where := getattr(model, "knn_memories_directory", None):
+        raise ValueError(f"model has knn_memories_directory={where!r}, but training keeps its "
+                         "memories in RAM and in its checkpoints, not on disk. Set "
+                         "model.knn_memories_directory = None to train it.")
+
 # %% ../nbs/18_train.ipynb #c362fb2a
 class _Run:
     "Where a run stands; it can be saved and resumed."
@@ -509,24 +689,28 @@ class _Run:
         options: TrainOptions = TrainOptions(),
         resume: bool = True,   # go on from the newest checkpoint in `folder`, if there is one?
     ):
-        self.model, self.folder, self.options = model, Path(folder), options
+        options = _for_model(model, options)
+        self.model, self.folder, self.options = model, _run_folder(folder), options
+        _refuse_store_on_disk(model)
         self.accelerator = _accelerator(self.folder, options)
+        self.lock, self.mark = _Lock(self.folder, self.accelerator), _mark()
         rows = _own_rows(self.accelerator, options)
         self.stream = make_stream(rows)
         self.learner = _Learner(model, self.accelerator, options, rows.stop - rows.start)
         self.step, self.tokens, self.tally, self.interrupted = 0, 0, dict(_EMPTY), False
-        self._open(resume)
+        with self.lock: self._open(resume)
 
     def _open(self, resume):
         found, record = latest_checkpoint(self.folder), _record(self)
         if found and not resume:
             raise FileExistsError(f"{self.folder} holds a run already, up to {found.name}; go on "
                                   "with resume=True, or give another folder")
-        if found: self.resume()
+        if found: self._resume()
         if self.accelerator.is_main_process:
             _remove_drafts(self.folder)
-            if not found: _cut_metrics(self.folder, 0)
-            _write_json(self.folder / "options.json", record)
+            with _writing(self.folder, "options.json"):
+                _cut_metrics(self.folder, self.step)
+                _write_json(self.folder / "options.json", record)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers(
             "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
@@ -535,23 +719,28 @@ class _Run:
         "Write a checkpoint of where the run stands, if there is none; returns its folder."
         path = self.folder / "checkpoints" / f"step_{self.step:08d}"
         if path.exists(): return path
-        _save(self, _draft(path))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process: _publish(path, self.options.keep)
-        self.accelerator.wait_for_everyone()
+        draft = _draft(path, self.mark)
+        with self.lock, _writing(self.folder, path.name, draft):
+            _save(self, draft)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process: _publish(path, self.options.keep, self.mark)
+            self.accelerator.wait_for_everyone()
         return path
 
     def resume(self):
         "Go back to the newest checkpoint, as a new trainer does by itself."
+        with self.lock: self._resume()
+
+    def _resume(self):
         path = latest_checkpoint(self.folder)
         if path is None: raise FileNotFoundError(f"there is no checkpoint in {self.folder}")
         with _reading(path): state = _read_state(path)
         _check_same(path, state["must_stay"], _must_stay(self))
         _warn_changes(state["options"], self.options)
-        with _reading(path): place = dict(_read_json(_own(self, path) / "stream.json"))
-        self.stream.load_state_dict(place)
-        with _reading(path): _load(self, path, state)
-        if self.accelerator.is_main_process: _cut_metrics(self.folder, self.step)
+        with _reading(path): found = _load(self, path)
+        _restore(self, found, state)
+        if self.accelerator.is_main_process:
+            with _writing(self.folder, "metrics.jsonl"): _cut_metrics(self.folder, self.step)
 
 # %% ../nbs/18_train.ipynb #608d6cb5
 class Trainer(_Run):
@@ -565,18 +754,30 @@ class Trainer(_Run):
         training = self.model.training
         self.model.train()
         try:
-            with (_requests_to_stop() as asked,
+            with (self.lock, _requests_to_stop() as asked,
                   tqdm(total=self.options.steps, initial=self.step, disable=hidden, unit="update",
                        mininterval=0.1 if sys.stderr.isatty() else 20) as bar):
+                self._check_alone()
                 self.interrupted = self._loop(asked, bar)
                 path = self.save()
+                if self.accelerator.is_main_process and not self.interrupted:
+                    with _writing(self.folder, "model"):
+                        self.model._save_pretrained(self.folder / "model")
         finally: self.model.train(training)
         for tracker in self.accelerator.trackers: tracker.finish()
         if self.interrupted:
             self.accelerator.print(f"Stopped after update {self.step}, as asked, and saved in "
                                    f"{path.name}. Run again to go on.", file=sys.stderr)
-        elif self.accelerator.is_main_process: self.model._save_pretrained(self.folder / "model")
         return self
+
+    def _check_alone(self):
+        "Refuse to go on where another run has gone further since this one was opened."
+        found = latest_checkpoint(self.folder)
+        if found and _step_of(found) > self.step:
+            raise ValueError(f"{self.folder} has been trained further by another run, up to "
+                             f"{found.name}, while this one is at update {self.step}; call "
+                             "resume(), or make a new trainer")
+        if self.accelerator.is_main_process: _cut_metrics(self.folder, self.step)
 
     def _loop(self, asked, bar) -> bool:
         "Update after update; returns whether the run was asked to stop before its end."
@@ -608,8 +809,9 @@ class Trainer(_Run):
         bar.update()
         if self.step % self.options.log_every and self.step < self.options.steps: return
         line = _summary(self.tally)
-        self.accelerator.log(line | dict(lr=seen["lr"], grad_norm=seen["grad_norm"],
-                                         tokens=self.tokens), step=self.step)
+        with _writing(self.folder, "metrics.jsonl"):
+            self.accelerator.log(line | dict(lr=seen["lr"], grad_norm=seen["grad_norm"],
+                                             tokens=self.tokens), step=self.step)
         bar.set_postfix({k: f"{line[k]:.4g}" for k in ("bits", "tokens_per_second") if line[k]},
                         refresh=False)
         self.tally = dict(_EMPTY)
@@ -617,12 +819,16 @@ class Trainer(_Run):
 # %% ../nbs/18_train.ipynb #83e02407
 def train(
     model: MemoryLM,
-    source,              # a Corpus, a RecallTask, or a list of those
+    source,              # a Corpus, a RecallTask, or a list of tasks
     folder,              # of the run; one that holds a run already is resumed
     options: TrainOptions = TrainOptions(),
     resume: bool = True, # go on from the newest checkpoint in `folder`, if there is one?
 ) -> Trainer:
     "Train a model on whole documents, or on episodes of a task, in segments of `model.seq_len`."
+    tasks = source if isinstance(source, (list, tuple)) and source else [source]
+    if not isinstance(source, Corpus) and not all(isinstance(t, RecallTask) for t in tasks):
+        raise TypeError("source must be a Corpus, as load_corpus gives, a RecallTask, or a list of "
+                        f"those; got {type(source).__name__}")
     kind = DocumentStream if isinstance(source, Corpus) else TaskStream
     make_stream = lambda rows: kind(source, options.batch_size, model.seq_len, options.seed,
                                     rows=rows)

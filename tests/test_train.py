@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_flatten
 
 import memformers.train
-from memformers import TransformerXL, carry, load_memory, reset, select
+from memformers import MemorizingTransformer, TransformerXL, carry, load_memory, reset, select
 from memformers.data import Corpus, DocumentStream
 from memformers.tasks import TaskStream, copy_task
 from memformers.train import (NonFiniteLoss, Trainer, TrainOptions, _Unroll, latest_checkpoint,
@@ -234,6 +236,71 @@ def test_the_auxiliary_loss_is_a_mean_with_a_weight(tmp_path):
     torch.testing.assert_close(run.model.norm.bias.grad, plain.model.norm.bias.grad + 0.5 * 3)
 
 
+def test_the_gradient_is_no_longer_than_clip(tmp_path):
+    run = trainer(tmp_path, small().double(), clip=0.05)
+    seen = run.learner.update(list(islice(run.stream, 1)), 0)
+    length = torch.cat([g.flatten() for g in gradients(run.model)]).norm()
+    assert length == pytest.approx(0.05, rel=1e-4) and seen["grad_norm"] > 0.1
+
+
+def test_the_optimizer_takes_its_betas_from_the_options(tmp_path):
+    run = trainer(tmp_path, small().double(), betas=(0.7, 0.8), clip=None)
+    run.learner.update(list(islice(run.stream, 1)), 0)
+    p, = (p for n, p in run.model.named_parameters() if n == "norm.weight")
+    state = run.learner.optimizer.state[p]
+    torch.testing.assert_close(state["exp_avg"], (1 - 0.7) * p.grad)
+    torch.testing.assert_close(state["exp_avg_sq"], (1 - 0.8) * p.grad ** 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_is_summed_in_single_precision(dtype):
+    """8,192 labels at about 10 nats are more than half precision can count."""
+    class Some: labels, loss_mask = torch.zeros(8, 1024).long(), torch.ones(8, 1024).bool()
+    logits = torch.zeros(8, 1024, 16, dtype=dtype)
+    logits[..., 0] = -10
+    exact = F.cross_entropy(logits.double().flatten(0, 1), Some.labels.flatten(), reduction="sum")
+    assert float(memformers.train._sum_nll(logits, Some)) == pytest.approx(float(exact), rel=1e-4)
+
+
+# How many segments, and weights that do not learn
+
+class Writer(TransformerXL):
+    """A weight that only a later segment can train: it changes what is remembered."""
+    train_segments = 2
+    def step(self, tokens, memory=None, mask=None):
+        out = super().step(tokens, memory, mask)
+        return out._replace(memory=replace(out.memory, mem=out.memory.mem * self.written))
+
+
+def writer():
+    model = small(cls=Writer)
+    model.written = torch.nn.Parameter(torch.ones(8))
+    return model
+
+
+def test_a_model_says_how_many_segments_its_writer_needs(tmp_path):
+    run = trainer(tmp_path / "a", writer(), steps=2)
+    assert run.options.segments == 2 and trainer(tmp_path / "b", small()).options.segments == 1
+    run.run()
+    assert run.model.written.grad.any()
+    assert trainer(tmp_path / "c", writer(), segments=1).options.segments == 1
+    model = writer()
+    learn(model, DocumentStream(letters(), 4, 6), steps=2)
+    assert model.written.grad.any()
+
+
+def test_weights_that_get_no_gradient_are_named_once(tmp_path, recwarn):
+    trainer(tmp_path / "one", writer(), steps=30, segments=1).run()
+    said = [str(w.message) for w in recwarn if "no gradient" in str(w.message)]
+    assert len(said) == 1 and "1 weights have had no gradient in 20 updates" in said[0]
+    assert "written" in said[0] and "segments=2" in said[0]
+    recwarn.clear()
+    trainer(tmp_path / "two", writer(), steps=30).run()
+    assert not [w for w in recwarn if "no gradient" in str(w.message)]
+    with pytest.warns(UserWarning, match="no gradient in 3 updates.*written"):
+        learn(writer(), DocumentStream(letters(), 4, 6), steps=3, segments=1)
+
+
 # The loop of a lesson
 
 def test_learn_is_the_loop_by_hand():
@@ -275,7 +342,7 @@ def test_learn_refuses():
     stream = DocumentStream(letters(documents=4), 4, 6, epochs=1)
     with pytest.raises(ValueError, match="the stream ended in update [0-9]+ of 1000"):
         learn(small(), stream, steps=1000)
-    with pytest.raises(ValueError, match="segments must be a whole number from 1; got 0"):
+    with pytest.raises(ValueError, match="segments must be a whole number from 1, or None; got 0"):
         learn(small(), stream, steps=1, segments=0)
     model = small()
     model.norm.weight.data[0] = torch.inf
@@ -307,7 +374,16 @@ def test_a_run_leaves_the_random_numbers_of_the_program_alone(tmp_path):
     expected = torch.rand(3)
     torch.manual_seed(5)
     run = trainer(tmp_path, model, steps=3).run()
-    assert torch.equal(torch.rand(3), expected) and run.model.training
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_run_leaves_the_mode_of_the_model_alone(tmp_path, training):
+    model = small().train(training)
+    assert trainer(tmp_path, model, steps=2).run().model.training == training
+    model.norm.weight.data[0] = torch.inf
+    with pytest.raises(NonFiniteLoss): trainer(tmp_path / "other", model, steps=2).run()
+    assert model.training == training
 
 
 def test_steps_may_be_raised(tmp_path):
@@ -410,17 +486,157 @@ def broken(path, how):
     elif how == "foreign": path.write_bytes(b"[1, 2]")
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "foreign"])
-@pytest.mark.parametrize("file", ["state.json", "model.safetensors", "optimizer.safetensors",
-                                  "process_0/stream.json", "process_0/random.safetensors",
-                                  "process_0/memory_0.safetensors"])
-def test_a_broken_checkpoint_is_refused(tmp_path, file, how):
+FILES = ["state.json", "model.safetensors", "optimizer.safetensors", "process_0/stream.json",
+         "process_0/random.safetensors", "process_0/memory_0.safetensors"]
+
+
+@pytest.mark.parametrize("how, message", [
+    ("missing", "is incomplete.*Delete that"), ("truncated", "is damaged.*Delete that"),
+    ("foreign", "is damaged.*Delete that|holds something else.*Move it away")])
+@pytest.mark.parametrize("file", FILES)
+def test_a_broken_checkpoint_is_refused(tmp_path, file, how, message):
     trainer(tmp_path, steps=7).run()
     broken(latest_checkpoint(tmp_path) / file, how)
-    with pytest.raises(ValueError, match="step_00000007 is not a whole checkpoint.*Delete that"):
-        trainer(tmp_path, steps=7)
+    model = small()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=f"step_00000007 ({message})"):
+        trainer(tmp_path, model, steps=7)
+    assert all(map(torch.equal, before, model.parameters())), "nothing is half loaded"
     memformers.train.shutil.rmtree(latest_checkpoint(tmp_path))
     assert trainer(tmp_path, steps=7).step == 5
+
+
+@pytest.mark.parametrize("key, value", [
+    ("format", "memformers.checkpoint.9"), ("step", -5), ("step", 6), ("step", "7"), ("step", None),
+    ("tokens", -1), ("tokens", 1.5), ("tally", []), ("tally", {"nll": "x"}), ("must_stay", 3),
+    ("options", None), ("scaler", "x")])
+def test_wrong_fields_of_a_checkpoint_are_named(tmp_path, key, value):
+    trainer(tmp_path, steps=7).run()
+    path = latest_checkpoint(tmp_path) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=f"{key} in state.json must be .*Move it away"):
+        trainer(tmp_path, steps=7)
+
+
+@pytest.mark.parametrize("file, change", [
+    ("optimizer.safetensors", lambda t: {k: x.flatten() for k, x in t.items()}),
+    ("optimizer.safetensors", lambda t: {f"other.{k}": x for k, x in t.items()}),
+    ("model.safetensors", lambda t: {k: x[:1] for k, x in t.items()}),
+    ("process_0/random.safetensors", lambda t: {"cpu": t["cpu"][:9]}),
+    ("process_0/random.safetensors", lambda t: {"gpu": t["cpu"]})])
+def test_tensors_of_another_model_are_refused(tmp_path, file, change):
+    trainer(tmp_path, steps=7).run()
+    path = latest_checkpoint(tmp_path) / file
+    save_file({k: x.contiguous() for k, x in change(load_file(path)).items()}, path)
+    with pytest.raises(ValueError, match=f"holds something else.*{Path(file).name}.*Move it away"):
+        trainer(tmp_path, steps=7)
+
+
+def other_user():
+    """What may not be read by others may not be read any more, also in a container of root."""
+    if os.geteuid() == 0: os.seteuid(65534)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("file", FILES)
+def test_a_checkpoint_that_may_not_be_read_is_not_to_be_deleted(file):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        trainer(folder, steps=2).run()
+        for path in Path(folder).rglob("*"): os.chmod(path, 0o755 if path.is_dir() else 0o644)
+        os.chmod(latest_checkpoint(folder) / file, 0)
+        def read():
+            other_user()
+            with pytest.raises(OSError, match="cannot be read.*Permission.*do not delete it"):
+                with memformers.train._reading(latest_checkpoint(folder)): raise FileNotFoundError
+        assert forked(read) == 0
+
+
+def test_lines_of_others_in_the_metrics_are_left_out(tmp_path):
+    trainer(tmp_path, steps=6).run()
+    good = read_metrics(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'[1]\n"text"\n3\n{"bits": 2}\n{"step": "6"}\n{"step": -5}\n{"step": true}\n'
+                   b'\xff\xfe\n\n{"step": 6')
+    assert read_metrics(tmp_path) == good
+    assert trainer(tmp_path, steps=9).run().step == 9
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 6, 9]
+
+
+def test_other_folders_are_no_checkpoints(tmp_path):
+    trainer(tmp_path, steps=2).run()
+    for name in ("step_-0000005", "step_later", "step_", "copy of step_00000009"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert latest_checkpoint(tmp_path).name == "step_00000002"
+    assert trainer(tmp_path, steps=4).run().step == 4
+
+
+# One run in a folder
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    run, said = trainer(tmp_path, steps=6), []
+    def second():
+        try: trainer(tmp_path, steps=6)
+        except BlockingIOError as error: said.append(str(error))
+    before_update(run, 4, second).run()
+    assert len(said) == 1 and str(tmp_path) in said[0] and f"process {os.getpid()} on" in said[0]
+    assert not (tmp_path / "run.lock.json").exists()
+    assert trainer(tmp_path, steps=7).run().step == 7
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 6, 7]
+
+
+def test_another_process_is_refused_and_a_killed_one_holds_no_lock(tmp_path):
+    """Both processes train into the folder; the second ends at once, and the first is not hurt."""
+    if not hasattr(os, "fork"): pytest.skip("needs fork")
+    told = json.loads(child("second_trainer", tmp_path).splitlines()[-1])
+    assert told == dict(second=0, killed=-signal.SIGKILL)
+    assert trainer(tmp_path, steps=12).run().step == 12
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 6, 9, 12]
+
+
+def second_trainer(folder):
+    import accelerate, tqdm  # noqa: F401, E401
+    torch.optim.AdamW([torch.zeros(1)])
+    def second():
+        with pytest.raises(BlockingIOError, match="is in use by process"): trainer(folder, steps=9)
+    def first():
+        run = trainer(folder, steps=12)
+        def act():
+            status = forked(second)
+            (folder / "second").write_text(str(status))
+            os.kill(os.getpid(), signal.SIGKILL)
+        before_update(run, 7, act).run()
+    killed = forked(first)
+    print(json.dumps(dict(second=int((folder / "second").read_text()), killed=killed)))
+
+
+def test_a_run_that_another_has_overtaken_is_refused(tmp_path):
+    first = trainer(tmp_path, steps=9)
+    assert trainer(tmp_path, steps=6).run().step == 6
+    with pytest.raises(ValueError, match="trained further by another run, up to step_00000006"):
+        first.run()
+    first.resume()
+    assert first.run().step == 9
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 6, 9]
+
+
+# A disk that is full
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_full_disk_stops_the_run_with_a_way_out(tmp_path):
+    """No file may grow beyond a few bytes, as on a full disk; then there is space again."""
+    trainer(tmp_path, steps=5).run()
+    def full():
+        import resource
+        run = trainer(tmp_path, steps=12)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match="step_00000010 could not be written.*free space.*"
+                                          "go on from step_00000005"): run.run()
+    assert forked(full) == 0
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000005"]
+    assert trainer(tmp_path, steps=12).run().step == 12
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 5, 6, 9, 12]
 
 
 @pytest.mark.parametrize("change, named", [
@@ -462,6 +678,15 @@ def test_the_folder_holds_everything(tmp_path):
         model = TransformerXL.from_pretrained(folder)
         assert all(map(torch.equal, model.parameters(), run.model.parameters()))
     assert not {".pt", ".pth", ".pkl", ".bin"} & {p.suffix for p in tmp_path.rglob("*")}
+
+
+def test_a_store_on_disk_is_refused(tmp_path):
+    model = MemorizingTransformer(num_tokens=128, dim=8, depth=2, heads=2, dim_head=4, seq_len=6,
+                                  max_knn_memories=8, knn_memories_directory=str(tmp_path / "knn"))
+    with pytest.raises(ValueError, match="knn_memories_directory.*= None to train it"):
+        trainer(tmp_path / "run", model)
+    model.knn_memories_directory = None
+    assert trainer(tmp_path / "run", model, steps=1).run().step == 1
 
 
 # What is not finite
