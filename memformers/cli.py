@@ -58,7 +58,7 @@ def train(
     cut: int = 0,                # read longer documents as several of so many tokens; 0: whole
     steps: int = 1000,           # updates of the weights
     batch_size: int = 16,        # rows read for one update
-    segments: int = 1,           # segments that gradients reach back
+    segments: int = 0,           # segments that gradients reach back; 0: as the model asks
     accumulate: int = 1,         # read the rows in so many parts, one after the other
     lr: float = 1e-3,            # highest learning rate
     min_lr: float = 0.1,         # learning rate at the end, as a fraction of lr
@@ -82,9 +82,9 @@ def train(
     texts = load_corpus(corpus)
     if cut: texts = texts.cut(cut)
     settings = TrainOptions(
-        steps=steps, batch_size=batch_size, segments=segments, accumulate=accumulate, lr=lr,
-        min_lr=min_lr, warmup=min(warmup, steps), weight_decay=weight_decay, clip=clip, seed=seed,
-        mixed_precision=mixed_precision, save_every=save_every, log_every=log_every,
+        steps=steps, batch_size=batch_size, segments=segments or None, accumulate=accumulate,
+        lr=lr, min_lr=min_lr, warmup=min(warmup, steps), weight_decay=weight_decay, clip=clip,
+        seed=seed, mixed_precision=mixed_precision, save_every=save_every, log_every=log_every,
         tensorboard=tensorboard, cpu=cpu)
     _note_command(folder)
     done = train_model(net, texts, folder, settings)

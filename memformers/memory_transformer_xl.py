@@ -161,6 +161,8 @@ class _InPieces:
 # %% ../nbs/22_memory_transformer_xl.ipynb #09ec123a
 class MemoryTransformerXL(_InPieces, MemoryLM):
     "A Transformer-XL with long-term slots that a network writes and gradients train."
+    train_segments = 2  # what a segment writes can only be trained by the segment after it
+
     def __init__(
         self,
         num_tokens: int,                # size of the vocabulary

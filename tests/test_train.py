@@ -27,6 +27,7 @@ from memformers.data import Corpus, DocumentStream
 from memformers.tasks import TaskStream, copy_task
 from memformers.train import (NonFiniteLoss, Trainer, TrainOptions, _Unroll, latest_checkpoint,
                               learn, learning_rate, parameter_groups, read_metrics, train)
+from memformers.zoo import create
 
 FAST = dict(cpu=True, progress=False, batch_size=4, save_every=5, log_every=3, warmup=3)
 
@@ -287,6 +288,14 @@ def test_a_model_says_how_many_segments_its_writer_needs(tmp_path):
     model = writer()
     learn(model, DocumentStream(letters(), 4, 6), steps=2)
     assert model.written.grad.any()
+
+
+def test_the_writer_of_a_memory_transformer_xl_learns_by_default(recwarn):
+    for name in ("memory_transformer_xl_tiny", "memory_transformer_xl_small"):
+        model = create(name, dim=8, heads=1, seq_len=6, mem_len=6, lmem_len=3)
+        learn(model, DocumentStream(letters(), 2, 6), steps=2)
+        assert all(p.grad is not None for p in model.parameters())
+    assert not [w for w in recwarn if "no gradient" in str(w.message)]
 
 
 def test_weights_that_get_no_gradient_are_named_once(tmp_path, recwarn):
