@@ -14,6 +14,7 @@ import http.client
 import os
 import platform
 import shutil
+import sys
 import sysconfig
 import urllib.error
 import urllib.request
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from glob import glob
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,20 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/02_data.ipynb #6d19fa3d
+def _as_bytes(data, name, of=""):
+    "`data` as (L,) uint8: bytes, or integers from 0 to 255."
+    if isinstance(data, (bytes, bytearray, memoryview)): return np.frombuffer(data, np.uint8)
+    try: array = np.asarray(data.detach().cpu() if isinstance(data, Tensor) else data)
+    except ValueError: array = np.array(None)  # sequences of different lengths
+    if array.shape == (0,): array = array.astype(np.uint8)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        got = f"{array.dtype} of shape {array.shape}" if array.ndim else type(data).__name__
+        raise TypeError(f"{name}: expected bytes or integers (L,), got {got}{of}")
+    if array.dtype != np.uint8 and array.size and not 0 <= array.min() <= array.max() <= 255:
+        raise ValueError(f"{name}: expected integers from 0 to 255, got {array.min()} to "
+                         f"{array.max()}{of}")
+    return array.astype(np.uint8, copy=False)
+
 class ByteTokenizer:
     "Text as its UTF-8 bytes: 256 tokens, nothing to train, nothing unknown."
     num_tokens = 256
@@ -42,53 +57,55 @@ class ByteTokenizer:
     def encode(self,
         text: str | bytes,  # bytes are taken as they are
     ) -> Tensor:  # (n,) int64, each 0 to 255
-        if not isinstance(text, (str, bytes)):
+        "The bytes of a text."
+        if isinstance(text, str): text = text.encode("utf-8", "surrogatepass")
+        if not isinstance(text, (bytes, bytearray, memoryview)):
             raise TypeError(f"text: expected str or bytes, got {type(text).__name__}")
-        data = text.encode() if isinstance(text, str) else text
-        return torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))
+        return torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64))
 
     def decode(self,
         ids,  # (n,) integers 0 to 255: a tensor, an array or a list
-    ) -> str:  # bytes that are no UTF-8 (a character cut in two) show as �
-        ids = np.asarray(ids.detach().cpu() if isinstance(ids, Tensor) else ids)
-        if ids.ndim != 1 or (ids.size and not (0 <= ids.min() and ids.max() <= 255)):
-            raise ValueError("ids: expected one sequence (n,) of integers 0 to 255, got "
-                             f"{ids.shape} {ids}")
-        return bytes(ids.tolist()).decode("utf-8", errors="replace")
+    ) -> str:  # bytes that are not UTF-8 (half a character) show as �
+        "The text of some bytes."
+        return _as_bytes(ids, "ids").tobytes().decode("utf-8", errors="replace")
 
 # %% ../nbs/02_data.ipynb #000b5aee
 def _at_least(name, value, least):
-    "`value` as an int, refused when it is none or is too small."
+    "`value` as an int; refused if it is not an integer or too small."
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < least: raise ValueError(f"{name}: expected at least {least}, got {value}")
     return int(value)
 
+def _warn(message):
+    "Warn about the line that called the package, however deep inside it we are."
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("memformers."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
 def _as_document(data, name):
-    "`data` as a (L,) uint8 array, refused when it is none or has fewer than two tokens."
-    data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.asarray(data)
-    if data.dtype != np.uint8 or data.ndim != 1:
-        raise TypeError(f"documents: expected bytes or (L,) uint8 arrays, got {data.dtype} of "
-                        f"shape {data.shape} for {name!r}")
+    "`data` as a (L,) uint8 array of at least two tokens."
+    data = _as_bytes(data, "documents", f" for {name!r}")
     if len(data) < 2:
         raise ValueError("documents: expected at least 2 tokens each (one to read, one to "
                          f"predict), got {len(data)} for {name!r}; leave it out")
     return data
 
 def _cut(document, max_tokens):
-    "Pieces of `max_tokens`; a tail of one token, too short to be one, joins the piece before."
+    "Pieces of `max_tokens`; a last piece of one token joins the piece before."
     starts = list(range(0, len(document), max_tokens))
     if len(starts) > 1 and len(document) - starts[-1] == 1: starts.pop()
     return [document[a:b] for a, b in zip(starts, [*starts[1:], None])]
 
 # %% ../nbs/02_data.ipynb #6afb3a72
-def _place(corpus, index):
-    "Position of a document that is given by its position or its name."
-    if not isinstance(index, str): return index
+def _position(corpus, index):
+    "Where the document is that is given by its position or its name."
+    if isinstance(index, Integral): return index
     if index in corpus.names: return corpus.names.index(index)
     raise KeyError(f"no document is called {index!r} in {corpus!r}")
 
-def _tell(corpus):
+def _summary(corpus):
     "A corpus in one line."
     sizes = sorted(map(len, corpus.documents))
     total = f"{sum(sizes) / 1e6:.2f} MB" if sum(sizes) >= 1e4 else f"{sum(sizes)} bytes"
@@ -102,25 +119,29 @@ class Corpus:
     "Whole documents in a fixed order, each a run of bytes with a name."
     name: str                                  # for reports, such as "stdlib/train"
     names: tuple[str, ...]                     # one per document, all different
-    documents: Sequence[np.ndarray]            # (L,) uint8 or bytes each, L at least 2
+    documents: Sequence[np.ndarray]            # bytes or (L,) integers, L at least 2
     skipped: tuple[tuple[str, str], ...] = ()  # (name, reason) of what was left out
     num_tokens: int = 256                      # size of the vocabulary
     source: str = ""                           # where the text is from, with its version
 
     def __post_init__(self):
+        for field, what in (("names", "strings"), ("documents", "texts")):
+            value = getattr(self, field)
+            if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+                raise TypeError(f"{field}: expected a list of {what}, got {type(value).__name__}")
+            object.__setattr__(self, field, tuple(value))  # the dataclass is frozen
         if not 0 < len(self.documents) == len(self.names) == len(set(self.names)):
             raise ValueError("documents: expected at least one, each with a name of its own, got "
                              f"{len(self.documents)} and {len(set(self.names))} different names")
         documents = tuple(map(_as_document, self.documents, self.names))
-        object.__setattr__(self, "documents", documents)  # the dataclass is frozen
-        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "documents", documents)
 
-    __repr__ = _tell
+    __repr__ = _summary
     def __len__(self): return len(self.documents)
 
     def __getitem__(self, index: int | str) -> np.ndarray:
         "A document by its position or its name."
-        return self.documents[_place(self, index)]
+        return self.documents[_position(self, index)]
 
     @property
     def num_bytes(self) -> int: return sum(map(len, self.documents))
@@ -135,7 +156,7 @@ class Corpus:
         return hashlib.sha256(pairs.encode("utf-8", "surrogateescape")).hexdigest()
 
     def manifest(self) -> dict:
-        "What a run records to be repeated, as JSON knows it; files are [name, bytes, hash]."
+        "What a run records, in values that JSON has; files are [name, bytes, hash]."
         files = [[name, len(document), digest[:16]] for name, document, digest
                  in zip(self.names, self.documents, self._hashes)]
         return dict(name=self.name, source=self.source, documents=len(self), bytes=self.num_bytes,
@@ -156,7 +177,7 @@ class Corpus:
 
 # %% ../nbs/02_data.ipynb #36a4fa94
 def _walk(folder, leave=()):
-    "Sorted (name, path) of the files below `folder`, and (name, reason) of what was skipped."
+    "Sorted (name, path) of all files in `folder`, and (name, reason) of what was skipped."
     found, skipped = [], []
     def name(*parts): return Path(os.path.relpath(os.path.join(*parts), folder)).as_posix()
     def wanted(part): return not any(fnmatch(part, p) for p in (".*", *leave))
@@ -178,10 +199,10 @@ def _check_split(split, also=()):
     return split
 
 def _split_of(name, valid=.05, test=.05):
-    "The split that a document belongs to: its name alone decides."
+    "The split of a document, from its name alone."
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64  # evenly spread over 0 to 1
-    return "test" if place < test else "valid" if place < test + valid else "train"
+    share = int.from_bytes(digest[:8], "big") / 2**64  # evenly spread over 0 to 1
+    return "test" if share < test else "valid" if share < test + valid else "train"
 
 # %% ../nbs/02_data.ipynb #1d2a248d
 _CHUNK = 1 << 24  # bytes; files from this size on are mapped
@@ -209,14 +230,13 @@ def _read(path):
 
 # %% ../nbs/02_data.ipynb #f8f3cd3e
 def _collect(found, skipped=()):
-    "Names and texts of the files that can be read; the others join `skipped`."
-    names, documents, skipped = [], [], list(skipped)
-    for name, path in found:
-        try: documents.append(_read(path))
-        except OSError as error: skipped.append((name, f"unreadable: {error.strerror}"))
-        except ValueError as error: skipped.append((name, str(error)))
-        else: names.append(name)
-    return tuple(names), documents, tuple(skipped)
+    "The files (…, name, path) that are text, as (…, name, text); the others join `skipped`."
+    texts, skipped = [], list(skipped)
+    for *labels, path in found:
+        try: texts.append((*labels, _read(path)))
+        except OSError as error: skipped.append((labels[-1], f"unreadable: {error.strerror}"))
+        except ValueError as error: skipped.append((labels[-1], str(error)))
+    return texts, tuple(skipped)
 
 # %% ../nbs/02_data.ipynb #3e62c0cd
 _NOT_STDLIB = ("test", "tests", "idlelib", "lib2to3", "encodings", "ensurepip", "__pycache__",
@@ -225,31 +245,34 @@ _NOT_STDLIB = ("test", "tests", "idlelib", "lib2to3", "encodings", "ensurepip", 
 def stdlib(
     split: str = "train",  # "train", "valid" or "test": 90, 5 and 5 % of the files, by their names
 ) -> Corpus:  # one document per file
-    """Source text of the standard library of the Python that runs.
+    """Source text of the standard library of the running Python.
 
-    Without its tests, its editor, its tables of character sets, and what is bundled or generated.
-    The text differs between versions of Python: `manifest()` says which one it was.
+    Its tests, its editor, tables of character sets, and bundled or generated code are left out.
+    The text differs between versions of Python; `manifest()` records the version.
     """
     _check_split(split)
     folder = sysconfig.get_path("stdlib")
     found, skipped = _walk(folder, _NOT_STDLIB)
     found = [(name, path) for name, path in found
              if name.endswith(".py") and _split_of(name) == split]
-    names, documents, skipped = _collect(found, skipped)
-    if not names:
+    texts, skipped = _collect(found, skipped)
+    if not texts:
         raise FileNotFoundError(f"stdlib: this Python has no source text in {folder}; "
                                 "use text_files with a folder of your own")
     source = f"{platform.python_implementation()} {platform.python_version()}"
-    return Corpus(f"stdlib/{split}", names, documents, skipped, source=source)
+    return Corpus(f"stdlib/{split}", *zip(*texts), skipped, source=source)
 
 # %% ../nbs/02_data.ipynb #d35ed628
 def _find(spec):
-    "(name, path) of every file that one path, folder or glob stands for, and what was skipped."
-    if not isinstance(spec, (str, Path)) or not str(spec):
+    "(name, path) of the files that one path, folder or glob means, and what was skipped."
+    if not isinstance(spec, (str, os.PathLike)) or not str(spec):
         raise TypeError(f"paths: expected a path, a glob or a list of them, got {spec!r}")
     path = Path(spec).expanduser()
-    if path.is_dir(): found, skipped = _walk(path)
-    elif path.exists(): found, skipped = [(path.name, path)], []
+    try: kind = "folder" if path.is_dir() else "file" if path.exists() else "glob"
+    except OSError as error:
+        raise OSError(f"paths: {str(spec)[:80]!r} cannot be read: {error.strerror}") from error
+    if kind == "folder": found, skipped = _walk(path)
+    elif kind == "file": found, skipped = [(path.name, path)], []
     else:
         is_fixed = [not set(part) & set("*?[") for part in path.parts]
         if all(is_fixed): raise FileNotFoundError(f"paths: {str(spec)!r} does not exist")
@@ -259,14 +282,14 @@ def _find(spec):
                        for file in files if not file.is_dir())
         skipped = []
     if not found and not skipped:
-        raise ValueError(f"paths: no file in {str(spec)!r} (names that start with a dot do not "
-                         "count); put text files there, or give another path")
+        raise ValueError(f"paths: no file in {str(spec)!r} (names that start with a dot are "
+                         "ignored); put text files there, or give another path")
     return found, skipped
 
 def _find_all(paths):
-    "(name, a name of its own, path) of all files, each file once; and what was skipped."
+    "(name, unique name, path) of all files, each file once; and what was skipped."
     finds = [_find(spec) for spec in paths]
-    files = {path.resolve(): (name, path) for found, _ in finds for name, path in found}
+    files = {os.path.realpath(path): (name, path) for found, _ in finds for name, path in found}
     clash = Counter(name for name, _ in files.values())
     found = [(name, path.as_posix() if clash[name] > 1 else name, path)
              for name, path in files.values()]
@@ -276,11 +299,16 @@ def _find_all(paths):
 def _share(size, split, valid, test):
     "Bounds of a split of one text of `size` bytes: its end is held out."
     last, middle = size - int(size * test), size - int(size * test) - int(size * valid)
-    start, stop = dict(train=(0, middle), valid=(middle, last), test=(last, size))[split]
-    if stop - start < 2:
-        raise ValueError(f"split: {stop - start} of {size} bytes are too few for {split!r}; give "
-                         "more text, another share, or split=None")
-    return start, stop
+    return dict(train=(0, middle), valid=(middle, last), test=(last, size))[split]
+
+def _hold_out(texts, split, valid, test):
+    "Of (key, name, text) what belongs to a split, as (name, text): files, or parts of few files."
+    of = [_split_of(key, valid, test) for key, *_ in texts]
+    if all(name in of for name, share in zip(_SPLITS, (1, valid, test)) if share):
+        return [(name, text) for (_, name, text), its in zip(texts, of) if its == split]
+    bounds = [(name, text, *_share(len(text), split, valid, test)) for _, name, text in texts]
+    return [(f"{name}[{start}:{stop}]", text[start:stop])
+            for name, text, start, stop in bounds if stop - start >= 2]
 
 def _list_skipped(skipped):
     "The first few skipped files with their reasons."
@@ -293,34 +321,42 @@ def _label(paths):
     return first + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 # %% ../nbs/02_data.ipynb #4edec812
+_FEW = 100  # of fewer files than this, all are read, to see whether each split gets one
+
+def _check_shares(valid, test):
+    "The shares that are held out must leave some text."
+    numbers = all(isinstance(share, Real) for share in (valid, test))
+    if not (numbers and valid >= 0 and test >= 0 and valid + test < 1):
+        raise ValueError("valid, test: expected shares from 0 that leave some for train, got "
+                         f"{valid!r} and {test!r}")
+
 def text_files(
-    paths: str | Path | Iterable,  # a file, a folder with all below it, a glob, or a list of these
+    paths: str | Path | Iterable,  # a file, a folder with all in it, a glob, or a list of these
     split: str | None = None,      # None: everything; else "train", "valid" or "test"
-    valid: float = .05,            # share of the files (of the bytes, for a single file)
+    valid: float = .05,            # share of the files; of few files, of the bytes of each
     test: float = .05,             # likewise; both together less than 1
-) -> Corpus:  # one document per file; `skipped` names the files that are none
-    "Any text of yours; the name of a file alone decides which split it belongs to."
+) -> Corpus:  # one document per file; `skipped` names the files that are left out
+    "Your own text; the name of a file decides which split it belongs to."
     _check_split(split, also=(None,))
-    if not (valid >= 0 and test >= 0 and valid + test < 1):
-        raise ValueError("valid, test: expected shares that leave some for train, got "
-                         f"{valid} and {test}")
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    _check_shares(valid, test)
+    if not isinstance(paths, (str, os.PathLike, Iterable)):
+        raise TypeError(f"paths: expected a path, a glob or a list of them, got {paths!r}")
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     found, skipped = _find_all(paths)
-    single = len(found) == 1
-    chosen = [(name, path) for key, name, path in found
-              if split is None or single or _split_of(key, valid, test) == split]
-    if found and not chosen:
-        raise ValueError(f"split: none of the {len(found)} files falls into {split!r}; give more "
-                         "files, a larger share, or split=None")
-    names, documents, skipped = _collect(chosen, skipped)
-    if not names:
+    few, count = len(found) < _FEW, len(found)
+    if split and not few: found = [f for f in found if _split_of(f[0], valid, test) == split]
+    texts, skipped = _collect(found, skipped)
+    if not texts and (few or found):
         raise ValueError(f"paths: no text in {[*map(str, paths)]}; {_list_skipped(skipped)}")
-    if skipped: warnings.warn(f"text_files skipped {_list_skipped(skipped)}", stacklevel=2)
-    if split and single:
-        start, stop = _share(len(documents[0]), split, valid, test)
-        names, documents = (f"{names[0]}[{start}:{stop}]",), [documents[0][start:stop]]
+    if skipped: _warn(f"text_files skipped {_list_skipped(skipped)}")
+    kept = (_hold_out(texts, split, valid, test) if split and few
+            else [(name, text) for _, name, text in texts])
+    if not kept:
+        size = sum(len(text) for *_, text in texts)
+        raise ValueError(f"split: {count} files of {size:,} bytes are too few for {split!r}; give "
+                         "more text, a larger share, or split=None")
     name = _label(paths) + (f"/{split}" if split else "")
-    return Corpus(name, names, documents, skipped, source=", ".join(map(str, paths)))
+    return Corpus(name, *zip(*kept), skipped, source=", ".join(map(str, paths)))
 
 # %% ../nbs/02_data.ipynb #dbe8f2a0
 def _cache_folder(cache=None):
@@ -429,6 +465,8 @@ def enwik8(
     "The first 10⁸ bytes of an English Wikipedia dump, split as papers split it."
     _check_split(split)
     if piece is not None: _at_least("piece", piece, 2)
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected the path of a file, got {path!r}")
     file = None if path is None else Path(path).expanduser()
     if file and not file.is_file():
         raise FileNotFoundError(f"path: expected the file enwik8 or enwik8.zip, got {str(path)!r}")
@@ -449,6 +487,8 @@ def hugging_face(
     **kwargs,               # for `datasets.load_dataset`, such as name="wikitext-2-raw-v1"
 ) -> Corpus:  # one document per row; rows without text are in `skipped`
     "A text dataset of the Hugging Face hub, read into memory."
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name: expected a dataset's name on the hub, got {name!r}")
     try: import datasets
     except ImportError as error:
         raise ImportError("hugging_face needs the library datasets: "
@@ -516,12 +556,13 @@ class Segment:
 # %% ../nbs/02_data.ipynb #0fb85d26
 def _own_rows(rows, batch_size):
     "The rows that this process reads, as numbers."
-    if rows is None: rows = slice(None)
-    own = list(range(batch_size)[rows] if isinstance(rows, slice) else rows)
-    if not own or not set(own) <= set(range(batch_size)) or len(set(own)) < len(own):
+    if isinstance(rows, slice): rows = range(batch_size)[rows]
+    own = list(range(batch_size) if rows is None else rows if isinstance(rows, Iterable) else ())
+    if not own or not all(isinstance(row, Integral) and 0 <= row < batch_size for row in own) \
+            or len(set(own)) < len(own):
         raise ValueError(f"rows: expected some of the rows 0 to {batch_size - 1}, each once, as a "
-                         f"slice or range, got {rows}")
-    return own
+                         f"slice, range or list, got {rows!r}")
+    return [*map(int, own)]
 
 # %% ../nbs/02_data.ipynb #db6324d4
 def _pack(reads, seq_len):
@@ -585,18 +626,27 @@ class Stream(ABC):
             self._item[row], self._offset[row] = -1, 0
 
     def state_dict(self) -> dict:
-        "The position after the last segment, as JSON knows it; the same in every process."
+        "The position after the last segment, in values that JSON has; equal in all processes."
         rows = dict(taken=self._taken, item=self._item, offset=self._offset)
         return self._identity() | {name: list(numbers) for name, numbers in rows.items()}
 
     def load_state_dict(self, state: dict):
-        "Go on where `state` was taken, bit for bit."
+        "Continue where `state` was taken, bit for bit."
+        if not isinstance(state, dict):
+            raise TypeError("state: expected a dictionary that `state_dict` made, got "
+                            f"{type(state).__name__}")
         for key, here in self._identity().items():
-            if (there := state.get(key)) != here:
-                raise ValueError(f"state: saved with {key}={there!r}, but this stream has "
+            if (saved := state.get(key)) != here:
+                raise ValueError(f"state: saved with {key}={saved!r}, but this stream has "
                                  f"{key}={here!r}; make the stream as it was when it was saved")
-        self._taken, self._item, self._offset = (list(state[name]) for name in
-                                                 ("taken", "item", "offset"))
+        names, least = ("taken", "item", "offset"), (0, -1, 0)
+        for name, low in zip(names, least):
+            numbers = state.get(name)
+            if not (isinstance(numbers, list) and len(numbers) == self.batch_size and all(
+                    isinstance(x, int) and low <= x < 2**63 for x in numbers)):
+                raise ValueError(f"state: expected {self.batch_size} integers from {low} for "
+                                 f"{name!r}, got {str(numbers)[:80]}; the file may be damaged")
+        self._taken, self._item, self._offset = (list(state[name]) for name in names)
 
 # %% ../nbs/02_data.ipynb #071080ed
 class DocumentStream(Stream):
@@ -617,11 +667,10 @@ class DocumentStream(Stream):
         self.corpus, self.num_tokens = corpus, corpus.num_tokens
         self.seed = None if seed is None else _at_least("seed", seed, 0)
         self.epochs = None if epochs is None else _at_least("epochs", epochs, 1)
-        self._order, self._order_of = None, None  # the permutation at hand, and its epoch
+        self._order, self._order_of = None, None  # the permutation of an epoch, and that epoch
         if epochs is None and len(corpus) < batch_size:
-            warnings.warn(f"{len(corpus)} documents for {batch_size} rows: several rows read the "
-                          "same one at the same time; corpus.cut(max_tokens) makes more of them",
-                          stacklevel=2)
+            _warn(f"{len(corpus)} documents for {batch_size} rows: several rows read the same "
+                  "document at the same time; corpus.cut(max_tokens) makes more of them")
 
     def _next(self, row):
         epoch, place = divmod(sum(self._taken), len(self.corpus))

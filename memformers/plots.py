@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'PALETTE', 'look', 'style', 'figure', 'plot_reach', 'plot_attention', 'plot_recall', 'plot_cost',
-           'plot_bits_by_position', 'plot_painted_text', 'plot_loss', 'plot_memory', 'save_figure']
+           'plot_bits_by_position', 'plot_painted_text', 'plot_loss', 'plot_memory', 'plot_rows', 'save_figure']
 
 # %% ../nbs/04_plots.ipynb #06d16c4e
 from base64 import b64encode
@@ -630,6 +630,31 @@ def plot_memory(
     ax.hlines(np.arange(b + 1), 0, m, color="white", lw=4)
     _slot_axes(ax, names, m)
     _colorbar(ax, cells, label)
+    return ax
+
+# %% ../nbs/04_plots.ipynb #26123d75
+@style()
+def plot_rows(
+    documents,              # (b, n) a number for the document that each token is from; NaN: padding
+    counted=None,           # (b, n) bool, which tokens get a mark; None: none
+    ax: Axes | None = None, # where to draw; None: a new figure
+    title: str = "",        # above the figure
+) -> Axes:
+    "The documents that the rows of a batch read, one after the other."
+    numbers = np.nan_to_num(_numbers(documents, "documents", "rows", "tokens"), nan=-1)
+    b, n = numbers.shape
+    marks = np.zeros((b, n)) if counted is None else _numbers(counted, "counted", b, n)
+    ax, shade = _axes(ax, .7 + .3 * b, title), _shades(PALETTE["segment"])
+    for y, row in enumerate(numbers):
+        edges = np.flatnonzero(np.concatenate([[True], row[1:] != row[:-1], [True]]))
+        real = [(a, z) for a, z in zip(edges[:-1], edges[1:]) if row[a] >= 0]
+        for i, (a, z) in enumerate(real):
+            ax.add_patch(Rectangle((a, y + .1), z - a, .8, lw=0, color=shade(i % 3 / 2)))
+    rows, places = np.nonzero(marks)
+    ax.vlines(places + .5, rows + .1, rows + .9, color="black", lw=1)
+    _dress(ax, "position in the stream (tokens)", "row", grid="")
+    ax.set(xlim=(0, n), ylim=(b, 0), yticks=np.arange(b) + .5, yticklabels=range(b))
+    ax.tick_params(axis="y", length=0)
     return ax
 
 # %% ../nbs/04_plots.ipynb #43a24b41

@@ -23,14 +23,18 @@ def dots(n, rng):
 @dataclass(frozen=True, repr=False)
 class RecallTask:
     "A fact, `distance` tokens, and the answer that only the fact gives."
-    name: str        # with its settings; two tasks of the same name are the same
+    name: str        # with its settings: tasks of the same name are equal
     draw: Callable = field(compare=False)  # rng -> (fact, question, answer), constant lengths
-    distance: int    # tokens from the end of the fact to the answer, with the question among them
+    distance: int    # tokens from the end of the fact to the answer, including the question
     chance: float    # share of the answer's tokens that guessing gets right, 0 to 1
     fill: Callable = field(default=dots, compare=False)  # (n, rng) -> str of n characters
     num_tokens = 256
 
     def __post_init__(self):
+        if not callable(self.draw) or not callable(self.fill):
+            raise TypeError(f"draw, fill: expected functions, got {self.draw!r} and {self.fill!r}")
+        if not 0 <= self.chance <= 1:
+            raise ValueError(f"chance: expected a share from 0 to 1, got {self.chance}")
         _, question, _ = self.draw(np.random.default_rng(0))
         if _at_least("distance", self.distance, 0) < len(question):
             raise ValueError(f"distance: expected at least {len(question)}, which the question "
@@ -39,10 +43,11 @@ class RecallTask:
     def episode(self,
         rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:  # tokens (T,) uint8; answer (T,) bool, True on the answer
-        "One document, and where in it the answer stands."
+        "One document, and where its answer is."
         fact, question, answer = self.draw(rng)
         text = fact + self.fill(self.distance - len(question), rng) + question + answer
-        tokens = np.frombuffer(text.encode("ascii"), np.uint8)
+        if not text.isascii(): raise ValueError(f"draw, fill: expected ASCII text, got {text!r}")
+        tokens = np.frombuffer(text.encode(), np.uint8)
         return tokens, np.arange(len(tokens)) >= len(tokens) - len(answer)
 
     def at(self, distance: int) -> "RecallTask":
@@ -70,8 +75,8 @@ def copy_task(
 ) -> RecallTask:
     "Repeat a string after a delay."
     length = _at_least("length", length, 1)
-    if len(set(alphabet) - set(".=")) < max(2, len(alphabet)) or not (
-            alphabet.isascii() and alphabet.isprintable()):
+    good = isinstance(alphabet, str) and alphabet.isascii() and alphabet.isprintable()
+    if not good or len(set(alphabet) - set(".=")) < max(2, len(alphabet)):
         raise ValueError("alphabet: expected at least two different printable ASCII characters "
                          f"without '.' and '=', got {alphabet!r}")
     return RecallTask(f"copy(length={length}, alphabet={alphabet!r})",
@@ -102,7 +107,7 @@ _SENTENCES = ("tea is served at five.", "rain falls on the roof.", "the cat slee
               "the old clock has stopped.")
 
 def sentences(n, rng):
-    "Filler: harmless sentences of together `n` characters; dots where no more sentence fits."
+    "Filler: sentences of `n` characters in all, with dots at the end where none fits."
     most = n // min(map(len, _SENTENCES)) + 1
     text = "".join(f" {_SENTENCES[i]}" for i in rng.integers(len(_SENTENCES), size=most))
     return text[:text.rfind(".", 0, n) + 1].ljust(n, ".")
@@ -123,7 +128,7 @@ def passkey_task(
 
 # %% ../nbs/03_tasks.ipynb #bcaba42e
 def _draw_program(rng, variables, statements):
-    "A program as text, and the places of its answers."
+    "A program as text, and where its answers are."
     names = "xyzuvwabcd"[:variables]
     text = [f"{name}={rng.integers(10)};" for name in rng.permutation(list(names))]
     state, answers = {line[0]: int(line[2]) for line in text}, []
@@ -149,11 +154,11 @@ def _draw_program(rng, variables, statements):
 # %% ../nbs/03_tasks.ipynb #952b64e0
 @dataclass(frozen=True, repr=False)
 class ProgramTask(RecallTask):
-    "A program whose printed values are the answers; `draw` gives the text and their places."
+    "A program whose printed values are the answers; `draw` gives the text and their positions."
     def __post_init__(self): _at_least("distance", self.distance, 6)
 
     def episode(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        "One program, and where in it the answers stand."
+        "One program, and where its answers are."
         text, answers = self.draw(rng, statements=(self.distance + 2) // 4)
         tokens = np.frombuffer(text.encode("ascii"), np.uint8)
         return tokens, np.isin(np.arange(len(tokens)), answers)
@@ -190,6 +195,8 @@ class TaskStream(Stream):
             raise TypeError(f"task: expected a RecallTask or a list of them, got {task!r}")
         self.num_tokens, self.seed = RecallTask.num_tokens, _at_least("seed", seed, 0)
         self.episodes = None if episodes is None else _at_least("episodes", episodes, 1)
+        if not isinstance(loss_everywhere, bool):
+            raise TypeError(f"loss_everywhere: expected True or False, got {loss_everywhere!r}")
         self.loss_everywhere = loss_everywhere
         self._open_episode = {}  # row -> (number, tokens, answer)
 

@@ -78,9 +78,19 @@ def test_tokenizer_takes_bytes_and_arrays_and_replaces_what_is_no_text():
     assert tokenizer.decode(np.frombuffer(b"a\xff", np.uint8)) == "a\ufffd"
     assert tokenizer.num_tokens == 256
 
-@pytest.mark.parametrize("ids", [[256], [-1], [[1, 2]]])
+@pytest.mark.parametrize("ids", [[256], [-1], [[1, 2]], [[1], [2, 3]], [1.5], ["a"], 65, "text"])
 def test_tokenizer_refuses_what_is_no_token(ids):
-    with pytest.raises(ValueError, match="ids: expected one sequence"): ByteTokenizer().decode(ids)
+    with pytest.raises((ValueError, TypeError), match="ids: expected"): ByteTokenizer().decode(ids)
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_bytes_come_as_any_integers(dtype):
+    ids = torch.tensor([99, 97, 116], dtype=dtype)
+    for given in (ids, ids.numpy(), ids.tolist(), tuple(ids.tolist()), bytearray(b"cat"), b"cat"):
+        assert ByteTokenizer().decode(given) == "cat"
+        assert bytes(Corpus("c", ("x",), [given])[0]) == b"cat"
+    assert bytes(Corpus("c", ("x",), [range(250, 256)])[0]) == bytes(range(250, 256))
+    assert ByteTokenizer().decode([]) == ""
+    assert ByteTokenizer().encode("\udcff").tolist()   # what a shell may hand over
 
 def test_tokenizer_refuses_what_is_no_text():
     with pytest.raises(TypeError, match="text: expected str"): ByteTokenizer().encode(5)
@@ -128,7 +138,9 @@ def test_manifest_tells_contents_names_and_order_apart():
 @pytest.mark.parametrize("names, documents, error", [
     (("a",), [b"x"], ValueError), ((), [], ValueError), (("a", "a"), [b"xy", b"zw"], ValueError),
     (("a",), [b"xy", b"zw"], ValueError), (("a",), [np.zeros((2, 2), np.uint8)], TypeError),
-    (("a",), [np.zeros(4, np.int64)], TypeError), (("a",), ["text"], TypeError)])
+    (("a",), [np.array([1, 256])], ValueError), (("a",), [[-1, 3]], ValueError),
+    (("a",), [np.zeros(4)], TypeError), (("a",), [np.ones(4, bool)], TypeError),
+    (("a",), ["text"], TypeError), (("a",), b"xy", TypeError), (("a",), None, TypeError)])
 def test_corpus_refuses_what_no_stream_can_read(names, documents, error):
     with pytest.raises(error, match="documents: expected"): Corpus("c", names, documents)
 
@@ -209,6 +221,61 @@ def test_single_file_is_cut_by_bytes_without_loss(size, tmp_path):
     assert b"".join(parts) == text
     assert len(parts[1]) == len(parts[2]) == int(size * .05)
 
+@given(sizes=st.lists(st.integers(2, 300), min_size=1, max_size=5))
+@quick
+def test_few_files_hold_out_their_ends_without_loss(sizes, tmp_path):
+    "A folder of one or few files trains and evaluates: each split gets a part of each file."
+    where = tmp_path / "-".join(map(str, sizes))
+    where.mkdir(exist_ok=True)
+    names = [f"{i}.txt" for i in range(len(sizes))]
+    for name, size in zip(names, sizes):
+        (where / name).write_bytes(bytes(32 + i % 90 for i in range(size)))
+    if {data._split_of(name) for name in names} == set(data._SPLITS): return   # whole files
+    parts = {}
+    for split in data._SPLITS:
+        try: parts[split] = text_files(where, split)
+        except ValueError as error: assert f"too few for '{split}'" in str(error)
+    for name, size in zip(names, sizes):
+        bounds = [[*map(int, title.split("[")[1][:-1].split(":"))] for corpus in parts.values()
+                  for title in corpus.names if title.startswith(name)]
+        bounds.sort()
+        assert all(stop <= start for (_, stop), (start, _) in zip(bounds, bounds[1:]))
+        assert sum(stop - start for start, stop in bounds) >= size - 2   # of one byte: no text
+        assert not bounds or bounds[0][0] == 0
+    assert sum(sizes) < 60 or {"train"} <= set(parts)
+    if min(sizes) >= 60: assert set(parts) == set(data._SPLITS)
+    if min(sizes) >= 60: assert all(len(corpus) == len(sizes) for corpus in parts.values())
+
+def test_few_files_are_judged_by_those_that_are_text(tmp_path):
+    "A picture in the only held-out place must not leave a split without text."
+    held = next(f"{i}.py" for i in range(99) if data._split_of(f"{i}.py") == "valid")
+    kept = [f"{i}.py" for i in range(99) if data._split_of(f"{i}.py") == "train"][:3]
+    for name in kept: (tmp_path / name).write_text("some text that is long enough. " * 9)
+    (tmp_path / held).write_bytes(b"\0\0\0")
+    with pytest.warns(UserWarning, match="zero byte"): corpus = text_files(tmp_path, "valid")
+    assert len(corpus) == 3 and all("[" in name for name in corpus.names)
+
+def test_warning_points_at_the_line_that_called_the_package(tmp_path):
+    "However deep in the package it arises."
+    (tmp_path / "a.txt").write_text("some text"), (tmp_path / "b.txt").touch()
+    corpus = make_corpus([5])
+    for call in (lambda: text_files(tmp_path), lambda: load_corpus(tmp_path, None),
+                 lambda: DocumentStream(corpus, 2, 4)):
+        with pytest.warns(UserWarning) as caught: call()
+        assert [warning.filename for warning in caught] == [__file__]
+
+@pytest.mark.parametrize("target", ["loop", "../texts/loop"])
+def test_a_link_to_itself_is_skipped(folder, target):
+    (folder / "loop").symlink_to(target)
+    with pytest.warns(UserWarning, match="loop"): corpus = text_files(folder)
+    assert len(corpus) == 5 and "loop" in dict(corpus.skipped)
+
+def test_devices_and_pipes_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="not a regular file"): text_files(path)
+        with pytest.raises(FileNotFoundError, match="path: expected the file"): enwik8(path=path)
+
 def test_single_file_too_short_to_split(tmp_path):
     (tmp_path / "one.txt").write_text("short")
     with pytest.raises(ValueError, match="too few for 'valid'"): text_files(tmp_path, "valid")
@@ -261,7 +328,9 @@ def test_refusals_of_text_files(tmp_path, folder):
     with pytest.raises(ValueError, match=r"no file in .*\*.tex"): text_files(tmp_path / "*.tex")
     with pytest.raises(ValueError, match="zero byte"): text_files(tmp_path / "binary")
     with pytest.raises(ValueError, match="expected shares"): text_files(folder, "train", .6, .6)
-    with pytest.raises(ValueError, match="none of the 5 files"): text_files(folder, "test", 0, 0)
+    with pytest.raises(ValueError, match="5 files of 69 bytes are too few for 'test'"):
+        text_files(folder, "test", 0, 0)
+    with pytest.raises(ValueError, match="expected shares"): text_files(folder, "train", "a", .1)
     with pytest.raises(TypeError, match="paths: expected"): text_files([3])
     with pytest.raises(TypeError, match="paths: expected"): text_files("")
     with pytest.raises(ValueError, match="no text in"): text_files([])
@@ -642,6 +711,27 @@ def test_position_of_another_stream_is_refused(changes, key):
     with pytest.raises(ValueError, match=f"state: saved with {key}="):
         stream.load_state_dict(DocumentStream(**settings).state_dict())
     assert stream.state_dict() == before
+
+def test_rows_and_numbers_may_come_from_numpy():
+    corpus = make_corpus([9] * 4)
+    plain = DocumentStream(corpus, 4, 3, seed=1, rows=[2, 3])
+    numpy = DocumentStream(corpus, np.int64(4), np.int32(3), np.uint8(1), rows=np.array([2, 3]))
+    assert all(map(same, [next(plain) for _ in range(5)], [next(numpy) for _ in range(5)]))
+    assert json.loads(json.dumps(numpy.state_dict())) == plain.state_dict()
+    assert corpus.take(np.int64(2)).names == corpus.names[:2]
+    assert bytes(corpus[np.int64(1)]) == bytes(corpus[1])
+
+@pytest.mark.parametrize("changes", [
+    dict(item=[0]), dict(item="01"), dict(offset=[0, -4]), dict(taken=[0.5, 1]), dict(item=None),
+    dict(offset=[2**70, 0])])
+def test_damaged_position_is_refused_and_changes_nothing(changes):
+    stream = DocumentStream(make_corpus([30] * 4), 2, 4)
+    before = stream.state_dict()
+    with pytest.raises(ValueError, match=f"state: expected 2 integers.*{[*changes][0]}"):
+        stream.load_state_dict(before | changes)
+    assert stream.state_dict() == before
+    with pytest.raises(TypeError, match="state: expected a dictionary"):
+        stream.load_state_dict([before])
 
 def test_position_of_another_kind_of_stream_is_refused():
     tasks = TaskStream(copy_task(), 2, 4)

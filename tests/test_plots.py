@@ -14,7 +14,7 @@ from matplotlib.colors import same_color, to_rgb
 from memformers import plots
 from memformers.plots import (KINDS, PALETTE, figure, look, plot_attention, plot_bits_by_position,
                               plot_cost, plot_loss, plot_memory, plot_painted_text, plot_reach,
-                              plot_recall, save_figure, style)
+                              plot_recall, plot_rows, save_figure, style)
 
 SEGMENT = ["segment"] * 4
 EDGES = [0, 64, 128, 256]
@@ -29,6 +29,7 @@ CALLS = {
     "bits": lambda **o: plot_bits_by_position(EDGES, {"on": STEPS, "off": STEPS}, **o),
     "loss": lambda **o: plot_loss([1, 2, 3], [8, 4, 2], smooth=2, **o),
     "memory": lambda **o: plot_memory([[3, 2, 1]], [2], "age (segments)", **o),
+    "rows": lambda **o: plot_rows([[1, 1, 2, np.nan]], [[0, 1, 0, 0]], **o),
     "painted": lambda **o: plot_painted_text("a b\nc", [0, 1, -2, 0, 3], **o),
 }
 every_figure = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -265,6 +266,20 @@ def test_memory_takes_a_mask_and_may_be_empty():
     assert [t.get_text() for t in ax.texts] == ["1"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["only"]
     plot_memory(np.zeros((2, 40)), [0, 0]).figure.canvas.draw()
+
+
+# --- rows of a batch
+
+def test_rows_draw_a_stretch_for_each_document_and_a_mark_where_it_counts():
+    counted = torch.zeros(2, 6, dtype=torch.bool)
+    counted[1, 4] = True
+    ax = plot_rows([[7, 7, np.nan, 7, 3, 3], [5] * 6], counted)
+    stretches = [(p.get_x(), p.get_width(), round(p.get_y())) for p in ax.patches]
+    assert stretches == [(0, 2, 0), (3, 1, 0), (4, 2, 0), (0, 6, 1)]
+    shades = [p.get_facecolor() for p in ax.patches]
+    assert len(set(shades[:3])) == 3 and shades[3] == shades[0]
+    assert [path.vertices[0, 0] for path in ax.collections[0].get_paths()] == [4.5]
+    with pytest.raises(ValueError, match="counted"): plot_rows([[1, 2]], [[True]])
 
 
 # --- painted text

@@ -1,0 +1,116 @@
+"""Data and tasks: texts, files, segments and streams that mean nothing."""
+import os
+
+import numpy as np
+
+from memformers.data import (ByteTokenizer, Corpus, DocumentStream, enwik8, hugging_face,
+                             load_corpus, stdlib, text_files)
+from memformers.tasks import (RecallTask, TaskStream, copy_task, key_value_task, passkey_task,
+                              program_task)
+from refusals.common import REFUSED, Refusal, refusals
+
+NAN = float("nan")
+CORPUS = Corpus("c", ("a", "b"), [b"some text", b"other text"])
+
+
+def corpus(name="c", names=("a",), documents=(b"xy",)): return Corpus(name, names, documents)
+
+
+def documents(corpus=CORPUS, batch_size=2, seq_len=4, **options):
+    return DocumentStream(corpus, batch_size, seq_len, **options)
+
+
+def episodes(task=copy_task(), batch_size=2, seq_len=4, **options):
+    return TaskStream(task, batch_size, seq_len, **options)
+
+
+def resumed(**changes):
+    stream = documents()
+    stream.load_state_dict(stream.state_dict() | changes)
+
+
+def recall(draw=lambda rng: ("a", "?", "a"), distance=4, chance=.5, **options):
+    return RecallTask("mine", draw, distance, chance, **options)
+
+
+SIZE = (0, -1, 1.5, "8", True, None)
+ROWS = [
+    *refusals("ByteTokenizer.encode", ByteTokenizer().encode, "text", 5, None, ["a"]),
+    *refusals("ByteTokenizer.decode", ByteTokenizer().decode, "ids", [256], [-1], [1.5], "a", 65,
+              [[1, 2]], [[1], [2, 3]], None, np.ones(3, bool)),
+    *refusals("Corpus", corpus, "documents", [], [b"x"], [b""], ["xy"], [[256, 1]], [[-1, 1]],
+              [[.5, 1]], [np.ones((2, 2), np.uint8)], b"xy", "x", None, 5, [b"xy", b"zw"]),
+    *refusals("Corpus", lambda names: corpus(names=names, documents=[b"xy", b"zw"]), "names",
+              ("a", "a"), "ab", None, ("a",), match="names"),
+    *refusals("Corpus.take", CORPUS.take, "n", *SIZE),
+    *refusals("Corpus.cut", CORPUS.cut, "max_tokens", 1, *SIZE),
+    *refusals("stdlib", stdlib, "split", "dev", None, 3, ["train"]),
+    *refusals("text_files", text_files, "paths", "", 3, None, [], [3], "/nowhere/at/all",
+              "/dev/zero", "*.none", "a\0b", "x" * 300, error=(ValueError, TypeError, OSError)),
+    *refusals("text_files", lambda **o: text_files(__file__, "train", **o), "valid", -1, 1, NAN,
+              "half", None),
+    *refusals("text_files", lambda **o: text_files(__file__, "train", **o), "test", -1, 1, NAN,
+              "half", None),
+    *refusals("text_files", lambda split: text_files(__file__, split), "split", "dev", 3, ["test"]),
+    *refusals("enwik8", enwik8, "split", "dev", None),
+    *refusals("enwik8", enwik8, "piece", 1, 0, "big", 1.5),
+    *refusals("enwik8", enwik8, "path", 3, "/nowhere/at/all", "/dev/zero", "/tmp",
+              error=(TypeError, OSError)),
+    *refusals("hugging_face", lambda name: hugging_face(name), "name", "", 3, None),
+    *refusals("load_corpus", load_corpus, "spec", "enwiki8", error=OSError, match="corpus"),
+    *refusals("load_corpus", load_corpus, "spec", 3, None, "", match="paths"),
+    *refusals("DocumentStream", documents, "corpus", "stdlib", None, [b"xy"]),
+    *refusals("DocumentStream", documents, "batch_size", *SIZE),
+    *refusals("DocumentStream", documents, "seq_len", *SIZE),
+    *refusals("DocumentStream", documents, "epochs", 0, -1, 1.5, "8"),
+    *refusals("DocumentStream", documents, "seed", -1, 1.5, "8"),
+    *refusals("DocumentStream", documents, "rows", [], [2], [-1], [0, 0], 1, "01", [.5],
+              slice(2, 9)),
+    *refusals("load_state_dict", resumed, "taken", None, [0], [0, -1], [0, .5], "00"),
+    *refusals("load_state_dict", resumed, "item", [0], [0, -2], [0, 2**70]),
+    *refusals("load_state_dict", resumed, "offset", {}, [0, -1]),
+    *refusals("load_state_dict", resumed, "corpus", "other", None),
+    *refusals("load_state_dict", lambda state: documents().load_state_dict(state), "state",
+              None, [], "state", {}),
+    *refusals("RecallTask", recall, "draw", None, "abc"),
+    *refusals("RecallTask", recall, "fill", None, "."),
+    *refusals("RecallTask", recall, "distance", 0, -1, 1.5, "far"),
+    *refusals("RecallTask", recall, "chance", -1, 1.5, NAN),
+    *refusals("copy_task", copy_task, "length", *SIZE),
+    *refusals("copy_task", copy_task, "alphabet", "a", "aab", "ab.", "äb", "", 3, None),
+    *refusals("copy_task", copy_task, "delay", 0, -1, 1.5, match="distance"),
+    *refusals("key_value_task", key_value_task, "pairs", 27, *SIZE),
+    *refusals("passkey_task", passkey_task, "digits", *SIZE),
+    *refusals("passkey_task", passkey_task, "lead", -1, 1.5, "8"),
+    *refusals("program_task", program_task, "variables", 11, *SIZE),
+    *refusals("program_task", program_task, "statements", 3, 0, 1.5, "8"),
+    *refusals("TaskStream", episodes, "task", None, "copy", [], [None]),
+    *refusals("TaskStream", episodes, "batch_size", *SIZE),
+    *refusals("TaskStream", episodes, "episodes", 0, 1.5, "8"),
+    *refusals("TaskStream", episodes, "loss_everywhere", "no", 1, None),
+]
+
+
+def folder_of_pictures(folder):
+    (folder / "picture.png").write_bytes(b"\x89PNG\0\0")
+    text_files(folder)
+
+
+def pipe(folder):
+    os.mkfifo(folder / "pipe")
+    text_files(folder / "pipe")
+
+
+def too_short(folder):
+    (folder / "a.txt").write_text("short")
+    text_files(folder, "valid")
+
+
+ROWS += [
+    Refusal("text_files, an empty folder", text_files, ValueError, "paths: no file"),
+    Refusal("text_files, no text", folder_of_pictures, ValueError, "paths: no text.*zero byte"),
+    Refusal("text_files, a pipe", pipe, ValueError, "paths: no text.*regular file"),
+    Refusal("text_files, too short to split", too_short, ValueError, "split: .*too few"),
+    Refusal("episode of no ASCII", lambda: recall(lambda rng: ("ä", "?", "ä")).episode(None),
+            REFUSED, "draw"),
+]
