@@ -12,11 +12,16 @@ import nbformat
 import pytest
 import torch
 import yaml
+from outputs import differences, same_text
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 AIM, LIMIT = 60, 120  # seconds of one core for a notebook: counted so, a busy machine is no excuse
+VARYING = 30          # cells whose output may differ from run to run, in all notebooks
+# Cells whose output is older than the page or the code, until the page is run again.
+_stale = ROOT / "tests" / "stale_outputs.txt"
+STALE = set(_stale.read_text().splitlines()) if _stale.exists() else set()
 
 each_notebook = pytest.mark.parametrize(
     "path", NOTEBOOKS, ids=[path.relative_to(NBS).as_posix() for path in NOTEBOOKS])
@@ -52,12 +57,21 @@ def copy_project(folder):
 
 @each_notebook
 def test_notebook_runs(path, monkeypatch):
-    "In a shell of its own but in this process: it must leave torch as it found it."
-    from nbdev.test import test_nb
+    """In a shell of its own but in this process: it must leave torch as it found it.
+
+    What it shows must be what is stored: words exactly, numbers about so.
+    """
+    import nbdev.test
+    ran = []
+    class Shell(nbdev.test.CaptureShell):
+        def run_all(self, nb, *args, **options):
+            ran.append(nb)
+            super().run_all(nb, *args, **options)
+    monkeypatch.setattr(nbdev.test, "CaptureShell", Shell)
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setenv("IN_TEST", "1")  # nbdev sets it for good; with it, nothing is exported
     before, start = torch_state(), time.process_time()
-    passed, _ = test_nb(path, skip_flags=settings()["tst_flags"].split())
+    passed, _ = nbdev.test.test_nb(path, skip_flags=settings()["tst_flags"].split())
     seconds = time.process_time() - start
     import matplotlib.pyplot as plt
     plt.close("all")
@@ -65,6 +79,31 @@ def test_notebook_runs(path, monkeypatch):
     assert torch_state() == before, f"{path.name} changed a global setting of torch"
     assert seconds <= LIMIT, f"{path.name} took {seconds:.0f} s of one core"
     if seconds > AIM: warnings.warn(f"{path.name} took {seconds:.0f} s of one core, over {AIM} s")
+    stored = nbformat.read(path, as_version=4)
+    found = [what for cell, what in differences(stored, ran[0], directives)
+             if f"{path.relative_to(NBS)} {cell}" not in STALE]
+    assert not found, f"{path.name} shows something else than it stores; run it again, or mark a " \
+        "cell with `#| varies: REASON`\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("stored, fresh, same", [
+    ("recall 0.91", "recall 0.92", True), ("recall 0.91", "recall 0.83", False),
+    ("recall 0.91", "accuracy 0.91", False), ("12 rows", "13 rows", False), ("83 %", "84 %", True),
+    ("83 %", "63 %", False), ("loss  9.98\n", "loss 10.02\n", True), ("1.2e-07", "3e-08", True),
+    ("tensor([1.00, 2.00])", "tensor([1.00, 3.00])", False), ("xl_16", "xl_17", False),
+    ("tensor([1, 2])", "tensor([1, 2, 3])", False), ("nan", "0.5", False), ("1e3", "1.2e3", False),
+    ("-0.5", "0.5", False), ("52,227 a", "52,228 a", False), ("1,200.0", "1,201.0", True),
+    (".5", "0.5", True), ("+0.91 bits", "+0.92 bits", True), ("| 1.0 |---|", "| 1.01 |----|", True)])
+def test_what_counts_as_the_same_output(stored, fresh, same):
+    assert same_text(stored, fresh) == same
+
+
+def test_a_varying_cell_gives_its_reason():
+    options = [directives(cell) for path in NOTEBOOKS for cell in code_cells(path)]
+    assert all(0 < each["tolerance"] <= 0.5 for each in options if "tolerance" in each)
+    reasons = [each["varies"] for each in options if "varies" in each]
+    assert all(isinstance(reason, str) and reason.strip() for reason in reasons)
+    assert len(reasons) <= VARYING, f"{len(reasons)} cells are excused from the comparison"
 
 
 def test_tutorial_runs_in_a_real_kernel():
