@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import file_exists, hf_hub_download
 
 from .compressive import CompressiveTransformer
 from .feedback import FeedbackTransformer
@@ -99,6 +99,16 @@ def models() -> str:
     return "\n".join(lines)
 
 # %% ../nbs/40_zoo.ipynb #448a57d2
+def _hub_config(name: str) -> str:
+    "Path of a hub model's configuration: asked for once, then looked for in the cache."
+    try: found, why = file_exists(name, "config.json"), "the hub has no such model for you"
+    except Exception as error: # whatever the client raises without a network or an answer
+        found, why = False, f"the hub could not be asked ({' '.join(str(error).split())})"
+    try: return hf_hub_download(name, "config.json", local_files_only=not found)
+    except (OSError, ValueError) as error:
+        if found: raise
+        raise FileNotFoundError(f"{name} is not a folder here, and {why}") from error
+
 def load_model(
     where,         # folder of a saved model, or its name on the Hugging Face hub
     **options,     # of `from_pretrained`, such as map_location
@@ -107,7 +117,7 @@ def load_model(
     local = Path(where).is_dir()
     if not local and (Path(where).is_absolute() or len(Path(where).parts) != 2):
         raise FileNotFoundError(f"{where} is neither a folder nor a name like user/model")
-    path = Path(where) / "config.json" if local else hf_hub_download(str(where), "config.json")
+    path = Path(where) / "config.json" if local else _hub_config(str(where))
     name = read_config(path)["model_class"]
     if name not in MODELS:
         raise ValueError(f"{where} holds a {name}, which this version does not know; "

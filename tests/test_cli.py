@@ -1,11 +1,17 @@
 """The command line: a whole run, the demo in small, and errors of one line."""
+import errno
 import inspect
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import memformers
+from memformers import cli, zoo
 from memformers.cli import COMMANDS, _parse, main
 from memformers.zoo import PRESETS, budget, create, load_model, models
 
@@ -37,10 +43,15 @@ def test_a_run_from_training_to_text(texts, tmp_path, capsys):
     capsys.readouterr()
 
     one_file = words("evaluate {run} --corpus {texts}/alpha.txt --cpu", run=run, texts=texts)
-    assert main(one_file) == 1                         # nobody else's memory to read with
+    assert main(one_file) == 0                         # nobody else's memory to read with
+    said = capsys.readouterr().out
+    assert "| shuffled |" in said and "| foreign |" not in said
+    assert main(one_file + ["--modes", "on foreign"]) == 1
     assert "foreign" in capsys.readouterr().err
     assert main(one_file + ["--modes", "on off"]) == 0
     assert "| off |" in capsys.readouterr().out
+    assert main(words("evaluate {run} --corpus {texts} --cpu", run=run, texts=texts)) == 0
+    assert "4 documents" in capsys.readouterr().out    # as `train` has recommended
     assert (run / "evaluation" / "evaluation.json").is_file()
 
     generate = words("generate {run} --prompt alpha --length 20 --seed 3 --cpu", run=run)
@@ -70,15 +81,155 @@ def test_the_demo_in_small(model, tmp_path, capsys):
     ("train transformer_xl_tiny --corpus /nowhere/at/all", "/nowhere/at/all"),
     ("train transformer_xl_tiny --options mem_len", "name=value"),
     ("train transformer_xl_tiny --options positions=alibi", "'xl' or 't5'"),
+    ("train transformer_xl_tiny --options mem_len=big", "mem_len takes int"),
+    ("train transformer_xl_tiny --options mem_len=1.5", "mem_len takes int"),
+    ("train transformer_xl_tiny --options memlen=5", "no 'memlen'; it has num_tokens"),
+    ("train transformer_xl_tiny --options ='", "options: No closing quotation"),
+    ("train transformer_xl_tiny --cut 1", "cut: expected"),
+    ("train transformer_xl_tiny --cut -5", "cut: expected"),
+    ("train transformer_xl_tiny --steps 0", "steps"),
+    ("train transformer_xl_tiny --seed -1", "seed"),
     ("evaluate /nowhere/at/all", "neither a folder"),
-    ("evaluate . --modes on,off", "modes must be among"),
+    ("evaluate . --modes on,off", "modes: expected some of"),
+    ("evaluate . --documents -1", "documents: expected"),
+    ("evaluate . --max-tokens -1", "max_tokens: expected"),
+    ("evaluate . --batch-size 0", "batch_size: expected"),
     ("generate /nowhere/at/all", "neither a folder"),
+    ("generate . --temperature -1", "temperature: expected"),
+    ("generate . --temperature nan", "temperature: expected"),
+    ("generate . --length -3", "length: expected"),
+    ("generate . --top-k -3", "top_k: expected"),
+    ("generate . --top-p 1.5", "top_p: expected"),
+    ("generate . --min-p -1", "min_p: expected"),
+    ("generate . --seed -1", "seed: expected"),
+    ("generate . --stop ab", "stop: expected"),
+    ("generate . --prompt=", "prompt: expected"),
+    ("generate . --prompt @/dev/zero", "prompt: '/dev/zero' is not a file"),
+    ("generate . --prompt @nowhere", "prompt: 'nowhere' is not a file"),
+    ("demo --steps 0", "steps"),
+    ("demo --documents -1", "documents: expected"),
+    ("demo --model nothing", "no model is called"),
 ])
 def test_errors_are_one_line(line, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(line.split()) == 1
-    error = capsys.readouterr().err
+    said, error = capsys.readouterr()
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not said, "nothing is printed before it is refused"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A saved model with fresh weights."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    create("transformer_xl_tiny").save_pretrained(folder)
+    return folder
+
+
+def text_of(capsys, folder, more):
+    assert main(words("generate {f} --length 30 --prompt ab --cpu " + more, f=folder)) == 0
+    return capsys.readouterr().out
+
+
+def test_generation_follows_its_seed_and_its_filters(tiny, capsys):
+    one, same, other = (text_of(capsys, tiny, f"--seed {seed}") for seed in (1, 1, 2))
+    assert one == same != other
+    likeliest = text_of(capsys, tiny, "--temperature 0")
+    assert likeliest == text_of(capsys, tiny, "--top-k 1") == text_of(capsys, tiny, "--min-p 1") \
+        == text_of(capsys, tiny, "--top-p 0") != one
+    assert text_of(capsys, tiny, "--seed 1 --top-k 5") != one
+    assert text_of(capsys, tiny, "--seed 1 --temperature 0.1") != one
+
+
+def test_training_follows_its_seed(texts, tmp_path):
+    train = "train transformer_xl_tiny --corpus {texts} --folder {run} --steps 1 --batch-size 2 " \
+            "--seed {seed} --cpu"
+    def weights(run, seed):
+        assert main(words(train, texts=texts, run=tmp_path / run, seed=seed)) == 0
+        return torch.cat([p.flatten() for p in load_model(tmp_path / run / "model").parameters()])
+    one, same, other = weights("a", 5), weights("b", 5), weights("c", 6)
+    assert torch.equal(one, same) and (one - other).abs().max() > .01
+
+
+@pytest.mark.parametrize("error, message", [
+    (OSError(errno.ENOSPC, "No space left on device"), "Free some space"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), "Free some space"),
+    (PermissionError(errno.EACCES, "Permission denied", "runs/model"), "runs/model"),
+    (MemoryError(), "MemoryError"), (torch.OutOfMemoryError("CUDA out of memory"), "CUDA"),
+], ids=["disk", "safetensors", "permission", "memory", "accelerator"])
+def test_what_the_machine_refuses_is_one_line(error, message, texts, tmp_path, capsys, monkeypatch):
+    def fail(*_): raise error
+    monkeypatch.setattr(cli, "train_model", fail)
+    train = words("train transformer_xl_tiny --corpus {t} --folder {f} --cpu", t=texts, f=tmp_path)
+    assert main(train) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and said.startswith("memformers train: ")
+    monkeypatch.setenv("MEMFORMERS_DEBUG", "1")
+    with pytest.raises(type(error)): main(train)
+
+
+def test_a_fault_of_the_package_keeps_its_traceback(monkeypatch):
+    def fail(): raise KeyError("a fault")
+    monkeypatch.setattr(cli, "models_table", fail)
+    with pytest.raises(KeyError): main(["models"])
+
+
+def test_warnings_are_one_line(texts, tmp_path, capsys):
+    (texts / "empty.txt").touch()
+    assert main(words("train transformer_xl_tiny --corpus {t} --folder {f} --steps 1 --cpu "
+                      "--batch-size 9", t=texts, f=tmp_path / "run")) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line.lower()]
+    assert len(lines) >= 2 and all(line.startswith("memformers train: warning: ") for line in lines)
+    assert any("empty.txt" in line for line in lines)
+    assert any("documents for 9 rows" in line for line in lines)
+
+
+def test_prompts_come_from_files_and_from_the_standard_input(tiny, tmp_path, capsysbinary,
+                                                             monkeypatch):
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9 \xc3\xa9")
+    for prompt in (f"@{tmp_path / 'prompt.txt'}", "@-"):
+        monkeypatch.setattr("sys.stdin", open(tmp_path / "prompt.txt"))
+        assert main(words("generate {f} --prompt {p} --length 0 --cpu", f=tiny, p=prompt)) == 0
+        assert capsysbinary.readouterr().out.decode() == "caf\ufffd é\n"
+
+
+def test_prompts_without_an_end_are_refused_at_once(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match="is not a file; @- reads"): cli._read_prompt(f"@{path}")
+    monkeypatch.setattr(cli, "_LONGEST_PROMPT", 8)
+    (tmp_path / "long").write_text("123456789")
+    with pytest.raises(ValueError, match="at most 8 bytes"): cli._read_prompt(f"@{tmp_path}/long")
+    monkeypatch.setattr("sys.stdin", open("/dev/zero"))
+    with pytest.raises(ValueError, match="at most 8 bytes"): cli._read_prompt("@-")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    done = subprocess.Popen([sys.executable, "-m", "memformers", "models"],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done.stdout.close()
+    assert (done.wait(), done.stderr.read()) == (141, "")
+
+
+@pytest.mark.parametrize("answer, message", [
+    (ConnectionError("no network"), "could not be asked.*no network"),
+    (False, "has no such model")], ids=["unreachable", "unknown"])
+def test_a_missing_hub_model_is_told_at_once(answer, message, monkeypatch):
+    """The client repeats its request for half a minute, which is in vain without a network."""
+    asked = []
+    def file_exists(*args):
+        asked.append(args)
+        if isinstance(answer, Exception): raise answer
+        return answer
+    def look_up(*args, local_files_only=False):
+        assert local_files_only
+        raise FileNotFoundError("nothing is cached")
+    monkeypatch.setattr(zoo, "file_exists", file_exists)
+    monkeypatch.setattr(zoo, "hf_hub_download", look_up)
+    with pytest.raises(FileNotFoundError, match=f"nobody/nothing is not a folder.*{message}"):
+        load_model("nobody/nothing")
+    assert asked == [("nobody/nothing", "config.json")]
 
 
 def test_help(capsys):
