@@ -7,7 +7,7 @@ from .feedback import FeedbackTransformer
 from .files import load_memory, save_memory
 from .knn import KNNMemory, KNNMemoryList
 from .memorizing import MemorizingTransformer
-from .memory import carry, clone, nbytes, reset, select
+from .memory import carry, cast, clone, nbytes, reset, select
 from .memory_transformer_xl import MemoryTransformerXL
 from .model import AutoregressiveWrapper, MemoryLM, Reader, Step, generate, stream
 from .transformer_xl import TransformerXL

@@ -8,7 +8,6 @@ __all__ = ['COMPRESSIONS', 'CompressiveMemory', 'leaving', 'push_out', 'Compress
 
 # %% ../nbs/21_compressive.ipynb #2d1660e3
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from .layers import (GatedLayer, KeyPlaces, LearnedPositions, Place, behind, check_heads,
                                check_memory_layers, same_in_all, used_slots)
-from .memory import carry, filled, memory_state, push, slots
+from .memory import carry, filled, memory_state, push, replace, slots
 from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
 
 # %% ../nbs/21_compressive.ipynb #d148408b

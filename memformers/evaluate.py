@@ -10,7 +10,7 @@ __all__ = ['MODES', 'token_bits', 'known_modes', 'resampled_sums', 'Estimate', '
 import json
 import math
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from .data import ByteTokenizer, Corpus
 from .files import atomic_write
-from .memory import carry, clone, nbytes, select, shuffle
+from .memory import carry, clone, is_memory, nbytes, replace, select, shuffle
+from .memory import fields as memory_fields
 from .model import MemoryLM, evaluating
 
 # %% ../nbs/19_evaluate.ipynb #27206bd7
@@ -123,8 +124,8 @@ MODES = ("on", "off", "foreign", "shuffled")
 def known_modes(model: MemoryLM) -> tuple[str, ...]:
     "`MODES`, and those of each part of the memory that is a memory itself, such as \"knn.off\"."
     memory = model.init_memory(1, device="meta")
-    parts = (f.name for f in fields(memory)
-             if hasattr(getattr(memory, f.name), "__dataclass_fields__"))
+    parts = (f.name for f in memory_fields(memory)
+             if is_memory(getattr(memory, f.name)))
     return *MODES, *(f"{part}.{mode}" for part in parts for mode in MODES[1:])
 
 def _modes(model, wanted):

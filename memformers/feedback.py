@@ -10,7 +10,6 @@ __all__ = ['FeedbackMemory', 'window_offset', 'remembered', 'in_window', 'Learne
 
 # %% ../nbs/23_feedback.ipynb #8d075b79
 import warnings
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from .layers import (FeedForward, T5Positions, attend_weights, distances, relative_shift,
                                used_slots)
-from .memory import carry, filled, memory_state, push, shared, slots
+from .memory import carry, filled, memory_state, push, replace, shared, slots
 from .model import LayerAttention, MemoryLM, Step, init_weights
 
 # %% ../nbs/23_feedback.ipynb #b2c411b6

@@ -6,10 +6,13 @@
 __all__ = ['atomic_write', 'save_memory', 'load_memory', 'read_config']
 
 # %% ../nbs/01_files.ipynb #643d0c77
+import errno
 import json
 import os
-from contextlib import contextmanager
+import re
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_IMODE
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -18,41 +21,85 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .memory import _describe, _values
+from .memory import _values, is_memory
 
 # %% ../nbs/01_files.ipynb #33f9d460
+def _path(path):
+    "The argument `path` of a file to read or write."
+    try: path = Path(path)
+    except TypeError:
+        raise TypeError(f"path must be the path of a file; got a {type(path).__name__}") from None
+    if not path.name or "\0" in str(path):
+        raise ValueError(f"path must name a file; got {str(path)!r}")
+    return path
+
+def _cannot_write(path, error):
+    "One error for all that the system may refuse, with what to do."
+    found = re.search(r"os error (\d+)", str(error))    # safetensors has no errno
+    number = getattr(error, "errno", None) or (int(found[1]) if found else errno.EIO)
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    way = "Free space there, raise the quota, or choose another folder" if full else \
+        "Check that the folder exists and that you may write to it"
+    return OSError(number, f"cannot write {path}: {os.strerror(number)}. {way}. A file that was "
+                           "there before is unchanged")
+
 @contextmanager
 def atomic_write(
     path, # the file to write
 ):        # yields the path of a draft to write to
     "Write a file that appears under its name only when it is complete and on the disk."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        mode = S_IMODE(draft.stat().st_mode)   # as the umask wants it; safetensors writes 0600
         yield draft
+        draft.chmod(mode)
         with open(draft, "rb+") as file: os.fsync(file.fileno())
         os.replace(draft, path)
+    except (OSError, SafetensorError) as error: raise _cannot_write(path, error) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError): draft.unlink(missing_ok=True)
+
+# %% ../nbs/01_files.ipynb #65c23d78
+@contextmanager
+def _open_tensors(path):
+    "A safetensors file, opened, or an error that says what is wrong with it."
+    path = _path(path)
+    if not path.exists(): raise FileNotFoundError(f"there is no file {path}")
+    # Reading a pipe or a device might never end.
+    if not path.is_file(): raise ValueError(f"{path} is not a regular file")
+    try:
+        with safe_open(path, framework="pt") as file: yield file
+    except (SafetensorError, RuntimeError) as error:   # torch's own: sizes that overflow
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); it may be "
+                         "truncated, or of another format") from error
+    except OSError as error: raise OSError(error.errno, f"cannot read {path}: {error}") from error
+
+def _shape_and_type(file, name):
+    "Shape and type of a tensor of an open file, without loading it."
+    part = file.get_slice(name)
+    shape = tuple(part.get_shape())
+    return shape, (part[:0] if shape else file.get_tensor(name)).dtype
 
 # %% ../nbs/01_files.ipynb #dea76be6
 _FORMAT = "memformers.memory.1"
 
 def _named(memory):
-    "The tensors of a memory under the names of their fields; a number is one of no dimensions."
+    "The tensors of a memory under the names of their fields; a number becomes a 0-D tensor."
     named = {}
     for name, _, value in _values(memory):
         if isinstance(value, int): value = torch.tensor(value)
         if not isinstance(value, Tensor):
             raise TypeError(f"a memory is saved from its tensors; {name} is a "
-                            f"{type(value).__name__}")
+                            f"{type(value).__name__}. Save what `carry` returns")
         named[name] = value
     return named
 
 def save_memory(
     memory, # a memory, carried
-    path,   # the file to write, by custom `….safetensors`
+    path,   # the file to write, usually `….safetensors`
 ):
     "Write a memory to a file. Loading it continues bit for bit."
     named = {name: t.detach().cpu().contiguous().clone() for name, t in _named(memory).items()}
@@ -60,93 +107,127 @@ def save_memory(
     with atomic_write(path) as draft: save_file(named, draft, metadata)
 
 # %% ../nbs/01_files.ipynb #bd142abd
-def _read_file(path):
-    "The tensors, class and format of a memory file."
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {k: file.get_tensor(k) for k in file.keys()}, metadata
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole memory file ({error}); it may be truncated, "
-                         "or not a safetensors file") from error
+def _outline(value, shape, dtype, f, convert):
+    "A tensor in a few characters, as two that fit have in common; `…` is any length."
+    if not shape: return str(value())
+    grows = None if f is None else f.metadata.get("grows")
+    sizes = ["…" if grows in (i, i - len(shape)) else str(n) for i, n in enumerate(shape)]
+    kind = "floating" if convert and dtype.is_floating_point else str(dtype).removeprefix("torch.")
+    return f"{'×'.join(sizes)} {kind}"
 
-def load_memory(
-    path, # a file that `save_memory` wrote
-    like, # a memory of the shapes, types and device wanted: `model.init_memory(batch_size)`
-):        # the memory that was saved, on the device of `like`
-    "Read a memory back from a file."
-    found, metadata = _read_file(path)
+def _check_file(path, file, like, convert):
+    "Compare the header of a memory file with the memory that it shall become."
+    metadata, name = file.metadata() or {}, type(like).__name__
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{path} does not hold a memory: its format is "
                          f"{metadata.get('format')!r}, expected {_FORMAT!r}")
-    wanted, name = _named(like), type(like).__name__
-    if metadata["class"] != name:
-        raise ValueError(f"{path} holds a {metadata['class']}, but `like` is a {name}: "
+    if metadata.get("class") != name:
+        raise ValueError(f"{path} holds a {metadata.get('class')}, but `like` is a {name}: "
                          "it was saved from another kind of model")
-    like_fields = {name: f.metadata for name, f, _ in _values(like)}
-    def show(name, t):
-        if t is None or t.ndim == 0: return "nothing" if t is None else str(t.item())
-        return _describe(t.to("meta"), like_fields.get(name, {}).get("grows"))
-    wrong = [f"{k} is {show(k, found.get(k))} in the file, expected {show(k, wanted.get(k))}"
-             for k in sorted(wanted.keys() | found.keys())
-             if show(k, found.get(k)) != show(k, wanted.get(k))]
+    known, keys = {k: f for k, f, _ in _values(like)}, set(file.keys())
+    have = {k: _outline(lambda: file.get_tensor(k).item(), *_shape_and_type(file, k), known.get(k),
+                        convert) for k in keys}
+    want = {k: _outline(t.item, tuple(t.shape), t.dtype, known[k], convert)
+            for k, t in _named(like).items()}
+    wrong = [f"{k} is {have.get(k, 'nothing')} in the file, expected {want.get(k, 'nothing')}"
+             for k in sorted(have.keys() | want.keys()) if have.get(k) != want.get(k)]
     if wrong:
         raise ValueError(f"{path} does not fit `like`: " + "; ".join(wrong) + ". Make `like` with "
-                         "the model and batch size that the memory was saved from.")
-    values = iter(found[k].to(wanted[k].device) for k in wanted if "shared" not in like_fields[k])
+                         "the model and batch size that the memory was saved from. If only the "
+                         "floating types differ, pass convert=True.")
+
+def load_memory(
+    path,  # a file that `save_memory` wrote
+    like,  # a memory of the shapes, types and device wanted: `model.init_memory(batch_size)`
+    convert: bool = False, # convert floating types to those of `like`?
+):         # the memory that was saved, on the device of `like`
+    "Read a memory back from a file."
+    if not is_memory(like):
+        raise TypeError("like must be a memory, as `model.init_memory(batch_size)` returns it; got "
+                        f"a {type(like).__name__}")
+    with _open_tensors(path) as file:
+        _check_file(path, file, like, convert)
+        rows = [(k, t) for k, f, t in _values(like) if "shared" not in f.metadata]
+        values = iter([file.get_tensor(k).to(t.device, t.dtype) for k, t in rows])
     return tree_map(lambda _: next(values), like)
 
 # %% ../nbs/01_files.ipynb #884a38a4
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_LONGEST_CONFIG, _LARGEST_NUMBER = 1 << 20, 1 << 31   # bytes; of an argument of a model
+
 def read_config(
     path, # a `config.json`
 ) -> dict:
     "The configuration of a saved model: its class and the arguments of its constructor."
-    path = Path(path)
+    path = _path(path)
     if not path.is_file(): raise FileNotFoundError(f"no {path.name} in {path.parent}: "
                                                    "is this the folder of a saved model?")
+    if path.stat().st_size > _LONGEST_CONFIG:
+        raise ValueError(f"{path} is not a configuration: it has more than {_LONGEST_CONFIG} bytes")
     try: config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a configuration: {error}") from error
-    if not isinstance(config, dict) or "model_class" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_class"), str):
         raise ValueError(f"{path} does not name a model_class; it was not saved by memformers")
+    for name, value in config.items():
+        if isinstance(value, (int, float)) and not abs(value) <= _LARGEST_NUMBER:
+            raise ValueError(f"{path}: {name} must be at most {_LARGEST_NUMBER}; got {value}")
     return config
 
 # %% ../nbs/01_files.ipynb #5c82651a
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-
-def _open_weights(path):
-    "The tensors of a weights file, or an error that says what is wrong with it."
-    try: return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); "
-                         "it may be truncated") from error
-
-def _fit_weights(path, tensors, model):
-    "Check that a file's tensors are those of the model."
-    wanted = model.state_dict()
-    missing, foreign = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
-    shapes = [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(wanted[k].shape)}"
-              for k in wanted.keys() & tensors if tensors[k].shape != wanted[k].shape]
-    if missing or foreign or shapes:
+def _fit_weights(path, model):
+    "Check that the tensors of a weights file are those of the model; return their type."
+    wanted = {k: tuple(t.shape) for k, t in model.state_dict().items()}
+    with _open_tensors(path) as file: found = {k: _shape_and_type(file, k) for k in file.keys()}
+    missing, unknown = sorted(wanted.keys() - found), sorted(found.keys() - wanted)
+    shapes = [f"{k} is {found[k][0]}, expected {wanted[k]}"
+              for k in wanted.keys() & found if found[k][0] != wanted[k]]
+    if missing or unknown or shapes:
         raise ValueError(f"{path} does not fit a {type(model).__name__} of this configuration: "
-                         f"missing {missing[:3] or 'nothing'}, unknown {foreign[:3] or 'nothing'}, "
+                         f"missing {missing[:3] or 'nothing'}, unknown {unknown[:3] or 'nothing'}, "
                          f"wrong shapes: {sorted(shapes)[:3] or 'none'}")
+    types = {dtype for _, dtype in found.values()}
+    if len(types) != 1 or not min(types, key=str).is_floating_point:
+        raise ValueError(f"{path} must hold weights of one floating type; it has "
+                         f"{sorted(map(str, types))}")
+    return types.pop()
+
+def _build(cls, folder, arguments, path):
+    "The model of a configuration. Its sizes are checked before it takes any memory."
+    with _open_tensors(path) as file: tensors = len(file.keys())
+    if isinstance(depth := arguments.get("depth"), int) and depth > tensors:
+        raise ValueError(f"{folder}: depth is {depth} in {_CONFIG}, but {_WEIGHTS} holds only "
+                         f"{tensors} tensors")
+    try:
+        with torch.device("meta"): draft = cls(**arguments)
+    except Exception as error:
+        raise ValueError(f"{folder}: {_CONFIG} does not describe a {cls.__name__}: "
+                         f"{error}") from error
+    dtype = _fit_weights(path, draft)
+    # A model saved in half or double precision comes back in that type.
+    return cls(**arguments).to(dtype)
 
 # %% ../nbs/01_files.ipynb #53949ab8
 class _Files(PyTorchModelHubMixin):
-    "Saving and loading of a model, through the mixin of `huggingface_hub`."
+    "Saving and loading of a model, with the mixin of `huggingface_hub`."
     def config(self) -> dict:
         "The class and all arguments of its constructor."
         return {"model_class": type(self).__name__, **self._arguments}
 
     def _save_pretrained(self, save_directory):
         folder = Path(save_directory)
-        # A tied weight is one tensor under two names; both names are written.
+        # A tied weight is one tensor with two names; both names are written.
         tensors = {k: t.detach().cpu().clone().contiguous() for k, t in self.state_dict().items()}
-        with atomic_write(folder / _WEIGHTS) as draft:
-            save_file(tensors, draft, {"format": "pt"})
+        with atomic_write(folder / _WEIGHTS) as draft: save_file(tensors, draft, {"format": "pt"})
         with atomic_write(folder / _CONFIG) as draft:
             draft.write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+        "Load a model from a folder, or by name from the Hugging Face Hub."
+        folder = _path(pretrained_model_name_or_path)
+        if folder.is_dir(): read_config(folder / _CONFIG)   # before anyone else reads it
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def _from_pretrained(cls, *, model_id, map_location="cpu", strict=True, revision=None,
@@ -160,10 +241,7 @@ class _Files(PyTorchModelHubMixin):
         if saved != cls.__name__:
             raise ValueError(f"{model_id} holds a {saved}, not a {cls.__name__}; "
                              f"load it with {saved}.from_pretrained")
-        model = cls(**arguments)
         path = get(_WEIGHTS)
-        tensors = _open_weights(path)
-        _fit_weights(path, tensors, model)
-        # A model saved in half or double precision comes back as it was.
-        model.to(tensors["embedding.weight"].dtype).load_state_dict(tensors)
+        model = _build(cls, model_id, arguments, path)
+        model.load_state_dict(load_file(path))
         return model.to(map_location).eval()

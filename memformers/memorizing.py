@@ -11,7 +11,6 @@ __all__ = ['GATES', 'retrieve', 'whole_memory', 'MultiQueryAttention', 'unit', '
 import math
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from .knn import KNNMemoryList, KNNStore
 from .layers import FeedForward, T5Positions, distances, used_slots, visible
-from .memory import batch_size, carry, filled, memory_state, push, reset, slots
+from .memory import batch_size, carry, filled, memory_state, push, replace, reset, slots
 from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
 
 # %% ../nbs/24_memorizing.ipynb #5a5893ee

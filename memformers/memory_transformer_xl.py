@@ -8,7 +8,6 @@ __all__ = ['WRITERS', 'LongShortMemory', 'linear_attention', 'full_attention', '
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #2fd64b9b
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from .layers import (GatedLayer, KeyPlaces, LearnedPositions, Place, Residual, behind,
                                check_heads, check_memory_layers, distances, same_in_all, used_slots)
-from .memory import carry, filled, memory_state, push, slots
+from .memory import carry, filled, memory_state, push, replace, slots
 from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #a2ac3400

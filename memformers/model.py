@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from .files import _Files
 from .layers import distances
-from .memory import (batch_size, carry, clone, memory_state, put, select, slots)
+from .memory import (batch_size, carry, check_memory, clone, memory_state, put, select,
+                               slots)
 
 # %% ../nbs/16_model.ipynb #01d56b0f
 class Step(NamedTuple):
@@ -170,27 +171,6 @@ def _plain(arguments):
     return {k: plain(v) for k, v in arguments.items() if k != "self"}
 
 # %% ../nbs/16_model.ipynb #07780514
-def _check_memory(model, memory, b):
-    "Is this a memory of the model, of b rows?"
-    like = model.init_memory(1, device="meta")
-    if type(memory) is not type(like):
-        raise TypeError(f"memory must be a {type(like).__name__}, as {type(model).__name__}."
-                        f"init_memory gives; got a {type(memory).__name__}")
-    if batch_size(memory) != b:
-        raise ValueError(f"memory must have one row for each of the {b} rows of tokens; it has "
-                         f"{batch_size(memory)}. Take rows of it with `select`, or begin anew "
-                         f"with `init_memory({b})`.")
-    for name, field in type(like).__dataclass_fields__.items():
-        mine, want = getattr(memory, name), getattr(like, name)
-        if not isinstance(want, Tensor): continue
-        # Slots may be more or fewer than the model was built with, nothing else may differ.
-        free = {0, field.metadata.get("slots", 0)}
-        same = mine.ndim == want.ndim and all(mine.shape[i] == want.shape[i]
-                                              for i in range(want.ndim) if i not in free)
-        if not same:
-            raise ValueError(f"memory.{name} must be {tuple(want.shape)} for each row, got "
-                             f"{tuple(mine.shape[1:])}: it is the memory of another model")
-
 def check_step(model, tokens, memory, mask):
     "Refuse what a step cannot read, with the reason."
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
@@ -210,7 +190,7 @@ def check_step(model, tokens, memory, mask):
         if real.numel() and not (0 <= real.min() and real.max() < model.num_tokens):
             raise ValueError(f"tokens must lie between 0 and num_tokens - 1 = "
                              f"{model.num_tokens - 1}; got {int(real.min())} to {int(real.max())}")
-    if memory is not None: _check_memory(model, memory, b)
+    if memory is not None: check_memory(memory, model.init_memory(1, device="meta"), b)
 
 # %% ../nbs/16_model.ipynb #68e36791
 @memory_state

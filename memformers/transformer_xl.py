@@ -7,14 +7,13 @@ __all__ = ['XLMemory', 'XLLayer', 'XLSegment', 'TransformerXL']
 
 # %% ../nbs/20_transformer_xl.ipynb #ca0fed60
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .layers import (Attention, FeedForward, Place, T5Positions, XLPositions, behind,
                                check_heads, check_memory_layers, distances, used_slots, visible)
-from .memory import carry, memory_state, push, shared, slots
+from .memory import carry, memory_state, push, replace, shared, slots
 from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
 
 # %% ../nbs/20_transformer_xl.ipynb #29af29f6

@@ -1,7 +1,6 @@
 """Evaluation: equal to one document at a time by hand; intervals, files, refusals."""
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from memformers import MemorizingTransformer, TransformerXL, carry, clone, selec
 from memformers.data import ByteTokenizer, Corpus
 from memformers.evaluate import (Estimate, Evaluation, TokenBits, evaluate, resampled_sums,
                                  token_bits, token_bits_by_mode)
-from memformers.memory import shuffle
+from memformers.memory import replace, shuffle
 from memformers.probe import recall
 from memformers.tasks import copy_task
 
