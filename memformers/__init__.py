@@ -5,7 +5,7 @@ from .compressive import CompressiveTransformer
 from .data import ByteTokenizer, load_corpus
 from .feedback import FeedbackTransformer
 from .files import load_memory, save_memory
-from .knn import KNNMemory, KNNMemoryList
+from .knn_memory import KNNMemory, KNNMemoryList
 from .memorizing import MemorizingTransformer
 from .memory import carry, cast, clone, nbytes, reset, select
 from .memory_transformer_xl import MemoryTransformerXL

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .knn import KNNMemoryList, KNNStore
+from .knn import KNNStore
 from .layers import FeedForward, T5Positions, distances, used_slots, visible
 from .memory import batch_size, carry, filled, memory_state, push, replace, reset, slots
 from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
@@ -37,15 +37,21 @@ class _Scores(torch.autograd.Function):
         back = F.embedding_bag(index, table, per_sample_weights=grad.to(table.dtype), mode="sum")
         return back, None, None, None
 
-def _table(store, slots, dtype):
+def _first(store, m):
+    "A copy of the first m slots (b, m, 2, d); zeros where a row has no memory: NaN times 0 is NaN."
+    valid = torch.arange(m, device=store.kv.device) < store.fill[:, None]
+    return store.kv[:, :m].masked_fill(~valid[..., None, None], 0)
+
+def _table(store, slots, found, dtype):
     "Rows of keys (2i) and values (2i + 1), and for each of `slots` (b, q, k) its i: (b · q, k)."
     b, q, k = slots.shape
     row = torch.arange(b, device=slots.device)[:, None, None]
     used = used_slots(store.fill, store.capacity)
     # Always a copy, of whichever is smaller: the store may be written before the backward pass.
     if q * k <= used:
-        kv, index = store.kv[row, slots], torch.arange(b * q * k, device=slots.device)
-    else: kv, index = store.kv[:, :used].clone(), slots + row * used
+        kv = store.kv[row, slots].masked_fill_(~found[..., None, None], 0)
+        index = torch.arange(b * q * k, device=slots.device)
+    else: kv, index = _first(store, used), slots + row * used
     return kv.to(dtype).view(-1, kv.shape[-1]), index.view(b * q, k)
 
 # %% ../nbs/24_memorizing.ipynb #8efc945a
@@ -59,7 +65,7 @@ def retrieve(
     flat = q.flatten(1, 2)
     scores, where, found = store.nearest(flat.detach(), topk)
     wide = torch.promote_types(torch.float32, q.dtype)
-    table, index = _table(store, where, wide)
+    table, index = _table(store, where, found, wide)
     scores = _Scores.apply(flat.to(wide).flatten(0, 1), scores.to(wide).flatten(0, 1), table,
                            2 * index)
     def read(weights):
@@ -75,7 +81,7 @@ def whole_memory(
 ):             # as `retrieve`, with all memories instead of the nearest
     "All memories for each query."
     m, shape = used_slots(store.fill, store.capacity), q.shape[:3]
-    keys, values = store.kv[:, None, :m].to(q.dtype).clone().unbind(-2)
+    keys, values = _first(store, m)[:, None].to(q.dtype).unbind(-2)
     where = torch.arange(m, device=q.device)
     found = where < store.fill[:, None, None, None]
     return (q @ keys.mT, found.expand(*shape, m), where.expand(*shape, m),
@@ -595,8 +601,9 @@ class MemorizingTransformer(MemoryLM):
             if len(ended): knn.clear(ended)
             knn.add(uncarried.new[i], uncarried.real[i] if uncarried.real else None)
 
-    def create_knn_memories(self, *, batch_size: int, **options) -> KNNMemoryList:
+    def create_knn_memories(self, *, batch_size: int, **options):
         "A fresh `KNNMemory` for each memorizing layer (and head of keys); `options`: its own."
+        from memformers.knn_memory import KNNMemoryList
         options = dict(memories_directory=self.knn_memories_directory) | options
         return KNNMemoryList.create_memories(batch_size, self.stores, self.dim_head,
                                              self.max_knn_memories, **options)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memformers import KNNMemory, KNNMemoryList
 from memformers.files import load_memory, save_memory
-from memformers.knn import KNNStore, largest_in_groups, nearest
+from memformers.knn import KNNStore, _two_stage_topk, nearest
 from memformers.memory import carry, clone, nbytes, put, reset, select, shuffle
 
 
@@ -134,12 +134,12 @@ def test_clear_takes_any_collection_of_rows(rows):
 @pytest.mark.parametrize("m, k", [(1, 1), (5, 5), (33, 5), (100, 1), (2048, 32), (5001, 17)])
 def test_two_stages_find_the_largest(m, k):
     values = torch.randn(7, m, dtype=torch.float64, generator=torch.Generator().manual_seed(m))
-    found, columns = largest_in_groups(values, k)
+    found, columns = _two_stage_topk(values, k)
     want = values.topk(k)
     assert torch.equal(found.sort(1, descending=True).values, want.values)
     assert torch.equal(values.gather(1, columns), found)
     same = values.new_zeros(3, m)   # all equal: k different columns
-    assert all(len(set(c)) == k for c in largest_in_groups(same, k)[1].tolist())
+    assert all(len(set(c)) == k for c in _two_stage_topk(same, k)[1].tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -526,7 +526,7 @@ def test_save_load_clone_resize_merge(tmp_path):
     assert held(memory, 0) == [*range(9, 15), *range(50, 54)]
     assert held(memory, 1) == [50, 51, 52, 53]
     (tmp_path / "half").write_bytes((tmp_path / "m.safetensors").read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a whole file"): KNNMemory.load(tmp_path / "half")
+    with pytest.raises(ValueError, match="not a complete file"): KNNMemory.load(tmp_path / "half")
 
 
 def test_a_list_of_memories():
@@ -543,7 +543,7 @@ def test_a_list_of_memories():
 # what is refused
 
 @pytest.mark.parametrize("options, message", [
-    (dict(dim=0), "dim must be 1"), (dict(max_memories=0), "max_memories must be 1"),
+    (dict(dim=0), "dim must be a whole number"), (dict(max_memories=0), "max_memories must be a whole number"),
     (dict(num_indices=0), "num_indices"), (dict(backend="annoy"), "'torch' or 'faiss'"),
     (dict(index="hnsw"), "'flat'"), (dict(effort=0), "effort"),
 ])
