@@ -9,5 +9,7 @@ from .knn_memory import KNNMemory, KNNMemoryList
 from .memorizing import MemorizingTransformer
 from .memory import carry, cast, clone, nbytes, reset, select
 from .memory_transformer_xl import MemoryTransformerXL
-from .model import AutoregressiveWrapper, MemoryLM, Reader, Step, generate, stream
+from .generate import Reader, generate, stream
+from .model import MemoryLM, Step
 from .transformer_xl import TransformerXL
+from .wrapper import AutoregressiveWrapper

@@ -27,7 +27,8 @@ from .data import ByteTokenizer, Corpus, _at_least, load_corpus
 from .evaluate import MODES, Evaluation, known_modes
 from .evaluate import evaluate as evaluate_model
 from .files import atomic_write
-from .model import MemoryLM, stream
+from .generate import stream
+from .model import MemoryLM
 from .train import NonFiniteLoss, TrainOptions, latest_checkpoint, read_metrics
 from .train import train as train_model
 from .zoo import PRESETS, create, load_model

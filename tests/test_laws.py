@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from memformers.files import load_memory, save_memory
+from memformers.generate import Reader
 from memformers.memory import (carry, cast, clone, fields, filled, full_precision, is_memory,
                                memory_state, nbytes, put, reset, select, shuffle)
-from memformers.model import MemoryLM, Reader
 
 N = SIZES["seq_len"]
 close = torch.testing.assert_close
@@ -540,12 +540,8 @@ def test_a_float32_state_stays_float32(mesh):
 # 10. piece by piece
 
 @each
-@pytest.mark.parametrize("general", [False, True], ids=["own", "general"])
-def test_one_token_at_a_time_equals_the_segment(mechanism, general, monkeypatch):
+def test_one_token_at_a_time_equals_the_segment(mechanism):
     model = mechanism.make()
-    if general:
-        for name in ("open_segment", "extend_segment", "close_segment"):
-            monkeypatch.setattr(type(model), name, getattr(MemoryLM, name))
     tokens = text(2, 3 * N + 2)
     reader = Reader(model, 2)
     with torch.no_grad():

@@ -40,7 +40,7 @@ def bucket(distance, buckets=32, far=128):
 
 def score(layer, q, k, head, distance, model):
     """Equation (2) for one query, one key, one head."""
-    positions, d = layer.attention.positions, len(q)
+    positions, d = layer.positions, len(q)
     if model.config()["positions"] == "t5":
         return q @ k / math.sqrt(d) + positions.bias.weight[bucket(distance), head]
     clamp = model.config()["clamp_len"]
@@ -51,11 +51,11 @@ def score(layer, q, k, head, distance, model):
 
 
 def attend(model, layer, states, remembered, window):
-    """What each token of the segment reads: `states` of the segment behind those `remembered`."""
-    attention, out = layer.attention, []
-    h = attention.heads
-    d = attention.inner // h
-    wq, wk, wv = attention.to_qkv.weight.split(attention.inner)
+    """What each token of the segment reads: `states` of the segment after those `remembered`."""
+    h, out = layer.heads, []
+    wq = layer.to_q.weight
+    d = len(wq) // h
+    wk, wv = layer.to_kv.weight.split(len(wq))
     context = remembered + states
     for i, x in enumerate(states):
         place, heads = len(remembered) + i, []
@@ -67,7 +67,7 @@ def attend(model, layer, states, remembered, window):
             w = (s - s.max()).exp()
             w = w / w.sum()
             heads.append(sum(w[a] * (wv[rows] @ context[j]) for a, j in enumerate(near)))
-        out.append(attention.to_out.weight @ torch.cat(heads))
+        out.append(layer.to_out.weight @ torch.cat(heads))
     return out
 
 

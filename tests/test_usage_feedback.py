@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from memformers.feedback import (FeedbackMemory, FeedbackTransformer, open_block, settled_after,
                                   solve_parallel, solve_sequential)
 from memformers.memory import carry, nbytes
-from memformers.model import Reader, generate
+from memformers.generate import Reader, generate
 
 close = torch.testing.assert_close
 

@@ -77,7 +77,7 @@ def test_compiles_once():
         graphs.append(graph)
         return graph.forward
 
-    step = torch.compile(lambda tokens, memory: model.read(tokens, memory, None), backend=backend,
+    step = torch.compile(lambda tokens, memory: model._step(tokens, memory, None), backend=backend,
                          fullgraph=True)
     memory = model.init_memory(2)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_filters():
     prompt = torch.zeros(64, 1).long()
     logits = model.step(prompt).logits[:, -1] * 5
     best = logits.argmax(-1)
-    from memformers.model import sample
+    from memformers.generate import sample
     for options in (dict(temperature=0), dict(top_k=1), dict(top_p=0.0), dict(min_p=1.0),
                     dict(temperature=1e-4)):
         assert torch.equal(sample(logits, **options), best)
@@ -162,7 +162,7 @@ def test_filters():
 
 
 def test_filters_keep_what_they_say():
-    from memformers.model import filter_min_p, filter_top_k, filter_top_p
+    from memformers.generate import filter_min_p, filter_top_k, filter_top_p
     logits = torch.tensor([[.1, .4, .05, .25, .2]]).log()
     kept = lambda x: x.isfinite()[0].nonzero()[:, 0].tolist()
     assert kept(filter_top_k(logits, 2)) == [1, 3]
@@ -180,8 +180,8 @@ def test_generation_of_nothing():
 @pytest.mark.parametrize("options, message", [
     (dict(num_tokens=0), "num_tokens must be 1 or more"), (dict(depth=0), "depth must be"),
     (dict(heads=3), "multiple of heads"), (dict(mem_len=-1), "mem_len must be 0 or more"),
-    (dict(memory_layers=[3]), "depth = 2"), (dict(memory_layers=[0]), "from 1"),
-    (dict(memory_layers=[1, 1]), "different"), (dict(positions="alibi"), "'xl' or 't5'"),
+    (dict(memory_layers=[3]), "depth = 2"), (dict(memory_layers=[0]), "memory_layers"),
+    (dict(memory_layers=[1, 1]), "different"), (dict(positions="alibi"), "'xl', 't5'"),
     (dict(positions="t5", clamp_len=4), "clamp_len"), (dict(dim=15, dim_head=4), "even"),
 ])
 def test_bad_options(options, message):
@@ -190,7 +190,7 @@ def test_bad_options(options, message):
 
 @pytest.mark.parametrize("call, message", [
     (lambda m: m.step(torch.zeros(2, 9).long()), "seq_len = 8"),
-    (lambda m: m.step(torch.zeros(2, 0).long()), "seq_len = 8"),
+    (lambda m: m.step(torch.zeros(2, 0).long()), "at least one token"),
     (lambda m: m.step(torch.zeros(8).long()), "shape \\(b, n\\)"),
     (lambda m: m.step(torch.zeros(2, 8)), "integer ids"),
     (lambda m: m.step(torch.full((2, 8), 32)), "num_tokens - 1 = 31"),

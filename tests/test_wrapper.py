@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from mechanisms import SIZES, each
 
 from memformers import AutoregressiveWrapper, TransformerXL, carry, generate
-from memformers.model import Reader, for_generation, top_k, top_p
+from memformers.generate import Reader, for_generation
+from memformers.wrapper import top_k, top_p
 
 close = torch.testing.assert_close
 N = SIZES["seq_len"]
@@ -52,8 +53,8 @@ def test_the_documented_loop(mechanism):
             losses.append(loss.item())
 
     found = gradients(model, run)
-    assert len(losses) == 4
-    same_gradients(found, gradients(model, lambda: by_hand(model, x)))
+    assert len(losses) == 4 // model.train_segments
+    if model.train_segments == 1: same_gradients(found, gradients(model, lambda: by_hand(model, x)))
 
 
 @each
@@ -96,8 +97,9 @@ def test_sequences_of_different_lengths(mechanism):
     """Each counts as it would alone: padding is neither read nor predicted."""
     model, lengths = mechanism.make(), [2 * N + 1, 3, N]
     rows = [text(1, n, seed=n)[0] for n in lengths]
-    steps = list(AutoregressiveWrapper(model)(rows, return_loss=True))
-    alone = [list(AutoregressiveWrapper(model)(row, return_loss=True)) for row in rows]
+    wrapper = AutoregressiveWrapper(model)
+    read = lambda x: list(wrapper(x, return_loss=True, truncate_every=1))
+    steps, alone = read(rows), [read(row) for row in rows]
     labels = [[len(t) for t in row[1:].split(N)] for row in rows]
     for s, (loss, _) in enumerate(steps):
         there = [(a[s].loss * n[s], n[s]) for a, n in zip(alone, labels) if s < len(a)]
@@ -109,14 +111,14 @@ def test_a_mask_may_be_as_long_as_the_text_or_as_its_inputs():
     model, x = small(), text(2, 8)
     mask = torch.arange(8) < torch.tensor([[8], [5]])
     wrapper = AutoregressiveWrapper(model)
-    (long, _), = list(wrapper(x[:, :6], mask[:, :6], return_loss=True))
+    (long, _), = list(wrapper(x[:, :6], mask=mask[:, :6], return_loss=True))
     (alone, _), = list(wrapper(x[1:, :5], return_loss=True))
     (other, _), = list(wrapper(x[:1, :6], return_loss=True))
     close(long, (alone * 4 + other * 5) / 9)
-    (trimmed, _), = list(wrapper(x[:, :6], mask[:, :5], return_loss=True))
+    (trimmed, _), = list(wrapper(x[:, :6], mask=mask[:, :5], return_loss=True))
     assert trimmed != long            # the last label of row 1 is taken to be real
     with pytest.raises(ValueError, match="mask must be bool"):
-        wrapper(x[:, :6], mask[:, :4], return_loss=True)
+        wrapper(x[:, :6], mask=mask[:, :4], return_loss=True)
 
 
 def test_ignored_tokens_are_neither_read_nor_predicted():
