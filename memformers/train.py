@@ -623,7 +623,7 @@ def _load(run, path) -> dict:
                  moments=load_file(path / "optimizer.safetensors"),
                  random=load_file(own / "random.safetensors"),
                  stream=_read_json(own / "stream.json"))
-    _fit_weights(path / "model.safetensors", found["weights"], run.model)
+    _fit_weights(path / "model.safetensors", run.model)
     _check_moments(run.model, found["moments"])
     _check_random(found["random"], learner.random)
     found["memories"] = [load_memory(own / f"memory_{i}.safetensors", memory)

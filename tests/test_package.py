@@ -1,5 +1,8 @@
 "The package as others get it: an sdist, a wheel made from it, installed and imported elsewhere."
+import ast
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +58,32 @@ def python(installed, code, tmp_path):
     "Run `code` in a fresh interpreter that finds the installed wheel first, from another folder."
     return run(sys.executable, "-c", code, cwd=tmp_path,
                env={**os.environ, "PYTHONPATH": str(installed)})
+
+
+def imported(path):
+    "The packages of others that a module imports: with the module itself, and later in functions."
+    found = {True: set(), False: set()}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
+        else: continue
+        found[node in tree.body] |= {name.partition(".")[0] for name in names}
+    own = {*sys.stdlib_module_names, "memformers"}
+    return found[True] - own, found[False] - own
+
+
+def test_what_is_imported_is_required(settings):
+    """Also what the development environment has anyway, which a plain install has not."""
+    def packages(*keys): return {re.match(r"[\w-]+", word)[0].partition("-")[0]
+                                 for key in keys for word in shlex.split(settings[key])}
+    required = packages("requirements")
+    extras = ("cpu_requirements", "hub_requirements", "tensorboard_requirements")
+    optional = required | packages(*extras)
+    for path in (ROOT / "memformers").glob("*.py"):
+        at_once, later = imported(path)
+        assert at_once <= required, f"{path.name} needs {sorted(at_once - required)}"
+        assert later <= optional | {"IPython"}, f"{path.name} may need {sorted(later - optional)}"
 
 
 def test_names_of_what_is_built(built, settings):
