@@ -107,6 +107,18 @@ def test_the_language_loss_reaches_the_compression_when_the_graph_is_kept():
     assert all(p.grad.abs().max() > 0 for p in model.compress.parameters())
 
 
+@pytest.mark.parametrize("compression", ["conv", "dilated"])
+def test_a_slot_begins_as_the_mean_of_its_group(compression):
+    """Equal states are compressed to about themselves, not to their sum."""
+    torch.manual_seed(0)
+    compress = CompressiveTransformer(num_tokens=9, dim=32, seq_len=8, depth=1, heads=4,
+                                      cmem_ratio=4, compression=compression).compress[0]
+    state = torch.randn(32)
+    slots = compress(state.expand(1, 15, 32)[:, :12 + compress.ahead])
+    assert slots.shape == (1, 3, 32)
+    assert ((slots - state).norm(dim=-1) < 0.5 * state.norm()).all()
+
+
 def test_a_distance_has_one_vector_from_the_first_segment_on():
     model, memory = small(), None
     q = torch.randn(2, 2, 8, 8)

@@ -247,6 +247,19 @@ def test_clearing_fires_at_the_tokens_own_row_and_in_the_middle_of_a_segment():
     torch.testing.assert_close(out.logits[2, :3], whole[2, :3])
 
 
+def test_an_end_before_padding_clears_at_the_segments_end():
+    model = small(clear_memories_on_eos_token_id=0, xl_max_memories=3, xl_memory_layers=[1])
+    tokens = text(low=1)
+    tokens[0, 4] = 0
+    mask = torch.arange(8) < torch.tensor([[5], [8]])
+    memory = carry(model.step(tokens, None, mask).memory)
+    assert memory.knn.fill[:, 0].tolist() == [0, 8]
+    following = text(low=1, seed=1)
+    after, alone = model.step(following, memory).logits, model.step(following).logits
+    torch.testing.assert_close(after[0], alone[0])
+    assert not torch.allclose(after[1], alone[1])
+
+
 def test_a_padded_sos_clears_nothing():
     model = small(clear_memories_on_sos_token_id=0)
     memory = carry(model.step(text(low=1)).memory)
