@@ -521,7 +521,7 @@ class Summing(torch.nn.Module):
         self.linear = torch.nn.Linear(4, 4)
     def forward(self, x, memory):
         y = self.linear(x)
-        return {"y": y, "memory": Sums(memory.total + y.float(), memory.mem + y)}
+        return {"y": y, "memory": Sums(memory.total + y, memory.mem + y)}
 
 
 def test_a_float32_state_stays_float32(mesh):
