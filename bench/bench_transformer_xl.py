@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from common import interleaved, save, table
 from torch import nn
 
-from memformers import MemoryLM, Reader, TransformerXL, carry
+from memformers import Reader, TransformerXL, carry
 
 SIZE = dict(num_tokens=256, dim=256, depth=4, heads=8)
 ROWS, N, M = 4, 256, 256
@@ -101,19 +101,19 @@ def generation(prompt=64, length=128):
         plain(tokens[:, :prompt], cache)
         for i in range(prompt, prompt + length): plain(tokens[:, i:i + 1], cache, i)
 
-    def read(memory=None, model=xl):
-        reader = Reader(model, 1, memory)
+    def read(memory=None):
+        reader = Reader(xl, 1, memory)
         reader.read(tokens[:, :prompt])
         for i in range(prompt, prompt + length): reader.read(tokens[:, i:i + 1])
 
-    again = TransformerXL(**SIZE, seq_len=N, mem_len=M).eval()
-    for name in ("open_segment", "extend_segment", "close_segment"):
-        setattr(again, name, getattr(MemoryLM, name).__get__(again))
+    def read_again(memory):
+        for i in range(prompt, prompt + length): xl.step(tokens[:, :i + 1], memory)
+
     ms = interleaved({
         "plain decoder with a key/value cache": cached,
         "Transformer-XL, empty memory": read,
         "Transformer-XL, full memory": lambda: read(memory),
-        "Transformer-XL, the segment read again for each token": lambda: read(memory, again),
+        "Transformer-XL, the segment read again for each token": lambda: read_again(memory),
     }, rounds=3)
     rate = {name: length / (t / 1e3) for name, t in ms.items()}
     return table(f"generation, 1 row, prompt {prompt}, {length} tokens", rate,

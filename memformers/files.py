@@ -177,20 +177,30 @@ def read_config(
 # %% ../nbs/01_files.ipynb #5c82651a
 def _fit_weights(path, model):
     "Check that the tensors of a weights file are those of the model; return their type."
-    wanted = {k: tuple(t.shape) for k, t in model.state_dict().items()}
     with _open_tensors(path) as file: found = {k: _shape_and_type(file, k) for k in file.keys()}
-    missing, unknown = sorted(wanted.keys() - found), sorted(found.keys() - wanted)
-    shapes = [f"{k} is {found[k][0]}, expected {wanted[k]}"
-              for k in wanted.keys() & found if found[k][0] != wanted[k]]
-    if missing or unknown or shapes:
-        raise ValueError(f"{path} does not fit a {type(model).__name__} of this configuration: "
-                         f"missing {missing[:3] or 'nothing'}, unknown {unknown[:3] or 'nothing'}, "
-                         f"wrong shapes: {sorted(shapes)[:3] or 'none'}")
     types = {dtype for _, dtype in found.values()}
     if len(types) != 1 or not min(types, key=str).is_floating_point:
         raise ValueError(f"{path} must hold weights of one floating type; it has "
                          f"{sorted(map(str, types))}")
+    missing, unknown, shapes = _differences(model, found)
+    if missing or unknown or shapes:
+        raise ValueError(f"{path} does not fit a {type(model).__name__} of this configuration: "
+                         f"missing {missing[:3] or 'nothing'}, unknown {unknown[:3] or 'nothing'}, "
+                         f"wrong shapes: {shapes[:3] or 'none'}")
     return types.pop()
+
+def _differences(model, found):
+    "Names that are missing, names that are unknown, and wrong shapes; nothing is loaded."
+    # Loading into a model without storage also runs the hooks that read older files.
+    with torch.device("meta"): draft = type(model)(**model._arguments)
+    tensors = {k: torch.empty(shape, dtype=dtype, device="meta")
+               for k, (shape, dtype) in found.items()}
+    try: missing, unknown = draft.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        size = r"size mismatch for (\S+?): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)"
+        return [], [], [f"{name} is ({was}), expected ({want})"
+                        for name, was, want in re.findall(size, str(error))]
+    return sorted(missing), sorted(unknown), []
 
 def _build(cls, folder, arguments, path):
     "The model of a configuration. Its sizes are checked before it takes any memory."

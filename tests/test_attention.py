@@ -173,3 +173,36 @@ def test_weights_of_the_first_version_load():
 def test_only_filled_slots_count_as_valid():
     assert valid_slots(torch.tensor([3, 4]), 3) is None
     assert valid_slots(torch.tensor([3, 1]), 3).tolist() == [[True] * 3, [False, False, True]]
+
+
+def test_a_saved_model_of_the_first_version_loads(tmp_path):
+    from safetensors.torch import load_file, save_file
+    torch.manual_seed(0)
+    model = TransformerXL(11, 8, 2, heads=2, seq_len=4, mem_len=4).eval()
+    model.save_pretrained(tmp_path)
+    new, old = load_file(tmp_path / "model.safetensors"), {}
+    for name, tensor in new.items():
+        *layer, part = name.split(".", 2)
+        moved = part.split(".")[0] in ("to_q", "to_kv", "to_out", "positions")
+        old[".".join([*layer, "attention", part]) if moved else name] = tensor
+    for i in range(2):
+        both = [old.pop(f"layers.{i}.attention.to_{n}.weight") for n in ("q", "kv")]
+        old[f"layers.{i}.attention.to_qkv.weight"] = torch.cat(both)
+    save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+    tokens = torch.randint(11, (1, 4))
+    again = TransformerXL.from_pretrained(tmp_path)
+    assert torch.equal(again.step(tokens).logits, model.step(tokens).logits)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.update({"head.weight": torch.zeros(5, 8)}), r"head.weight is \(5, 8\)"),
+    (lambda t: t.pop("norm.weight"), r"missing \['norm.weight'\]"),
+    (lambda t: t.update(other=torch.zeros(1)), r"unknown \['other'\]"),
+])
+def test_weights_that_do_not_fit_are_named(change, message, tmp_path):
+    from safetensors.torch import load_file, save_file
+    TransformerXL(11, 8, 2, heads=2, seq_len=4).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message): TransformerXL.from_pretrained(tmp_path)
