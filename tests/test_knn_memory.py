@@ -232,9 +232,14 @@ def test_the_space_of_a_memory_is_reserved_when_it_is_made(tmp_path):
         assert file.st_size == 5_120_000 <= 512 * file.st_blocks
 
 
-def test_a_disk_that_is_full_says_so(tmp_path, monkeypatch):
-    def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("first", [0, 1])   # already for keys and values, or only for the counts
+def test_a_disk_that_is_full_says_so(tmp_path, monkeypatch, first):
+    calls = []
+    def full(fd, offset, length):
+        calls.append(length)
+        if len(calls) > first: raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: torch.zeros(60))
     memory = KNNMemory(3, 10, path=tmp_path / "m")
     with pytest.raises(OSError, match="No space left.*max_memories") as caught:
         memory.add(numbered(1, 1))
