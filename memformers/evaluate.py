@@ -10,6 +10,7 @@ __all__ = ['MODES', 'token_bits', 'known_modes', 'resampled_sums', 'Estimate', '
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import ByteTokenizer, Corpus
+from .data import ByteTokenizer, Corpus, _at_least
 from .files import atomic_write
 from .memory import carry, clone, is_memory, nbytes, replace, select, shuffle
 from .memory import fields as memory_fields
@@ -34,28 +35,38 @@ def _nll(logits: Tensor, labels: Tensor) -> Tensor:
     loss = F.cross_entropy(logits, labels.flatten(), reduction="none")
     return loss.view(labels.shape).cpu().double()
 
-def _segment_length(model, seq_len):
-    "Tokens of a segment: `seq_len`, or as many as the model takes."
+# %% ../nbs/19_evaluate.ipynb #730ec3bc
+def _segment_length(model, seq_len) -> int:
+    "Tokens of a segment: `seq_len`, or as many as the model takes; the model must have scores."
+    if not isinstance(model, MemoryLM):
+        raise TypeError(f"model must be a MemoryLM; got {type(model).__name__}")
+    spoiled = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if spoiled:
+        raise ValueError(f"model has weights that are not finite: {', '.join(spoiled[:3])}"
+                         f"{', …' if len(spoiled) > 3 else ''}. It has no scores; load an earlier "
+                         "checkpoint of its training.")
     if seq_len is None: return model.seq_len
-    if not 1 <= seq_len <= model.seq_len:
+    if _at_least("seq_len", seq_len, 1) > model.seq_len:
         raise ValueError(f"seq_len must be 1 to {model.seq_len}, the longest segment that this "
                          f"model takes; got {seq_len}")
-    return seq_len
+    return int(seq_len)
 
-def _check_tokens(model, tokens):
+def _check_tokens(model, tokens, name="tokens"):
     "Refuse ids that the model does not know: also those that are only predicted, never read."
-    if (highest := int(tokens.max())) >= model.num_tokens:
-        raise ValueError("tokens must lie between 0 and num_tokens - 1 = "
-                         f"{model.num_tokens - 1} of this model; got {highest}")
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= model.num_tokens:
+        raise ValueError(f"{name} must lie between 0 and num_tokens - 1 = {model.num_tokens - 1} "
+                         f"of this model; got {lowest} to {highest}")
 
 def _document(model, tokens, name="tokens") -> Tensor:
     "One document (n,) as a tensor on the host, checked."
-    tokens = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens))
-    if tokens.ndim != 1 or len(tokens) < 2 or tokens.is_floating_point():
+    values = tokens.cpu() if isinstance(tokens, Tensor) else np.array(tokens)
+    kind = str(values.dtype).removeprefix("torch.")
+    if values.ndim != 1 or len(values) < 2 or not kind.startswith(("int", "uint")):
         raise ValueError(f"{name} must be one sequence (n,) of ids, at least one to read and one "
-                         f"to predict; got {tokens.dtype} of shape {tuple(tokens.shape)}")
-    _check_tokens(model, tokens)
-    return tokens.long().cpu()
+                         f"to predict; got {kind} of shape {tuple(values.shape)}")
+    _check_tokens(model, values, name)
+    return torch.as_tensor(values).long()
 
 # %% ../nbs/19_evaluate.ipynb #96e8dd72
 @torch.no_grad()
@@ -67,9 +78,13 @@ def token_bits(
     seq_len: int | None = None, # tokens per segment; None: as many as the model takes
 ) -> np.ndarray:                # (n - 1,) bits; the first token is given, not predicted
     "What each of `tokens[1:]` costs, in bits."
-    tokens = _document(model, tokens)[None].to(model.embedding.weight.device)
-    memory, bits = model.init_memory(1) if memory is None else clone(memory), []
     size = _segment_length(model, seq_len)
+    tokens = _document(model, tokens)[None].to(model.embedding.weight.device)
+    kind = type(model.init_memory(1, device="meta"))
+    if memory is not None and type(memory) is not kind:
+        raise TypeError(f"memory must be a {kind.__name__}, as this model's init_memory gives; got "
+                        f"a {type(memory).__name__}")
+    memory, bits = model.init_memory(1) if memory is None else clone(memory), []
     with evaluating(model):
         for part, labels in zip(tokens[:, :-1].split(size, 1), tokens[:, 1:].split(size, 1)):
             out = model.step(part, memory)
@@ -131,8 +146,10 @@ def known_modes(model: MemoryLM) -> tuple[str, ...]:
 def _modes(model, wanted):
     "Those that are wanted, in order; the first is always \"on\"."
     known = known_modes(model)
-    if unknown := set(wanted) - set(known):
-        raise ValueError(f"modes must be some of {known}; got {sorted(unknown)}")
+    if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+        raise TypeError(f"modes must be a list of some of {known}; got {wanted!r}")
+    if unknown := [mode for mode in wanted if mode not in known]:
+        raise ValueError(f"modes must be some of {known}; got {unknown}")
     return tuple(mode for mode in known if mode == "on" or mode in wanted)
 
 class _Rows:
@@ -182,6 +199,11 @@ def resampled_sums(
     seed: int = 0,
 ) -> np.ndarray:           # (resamples, k)
     "Sums over as many documents, drawn with replacement: the bootstrap (Efron 1979)."
+    values = np.asarray(values)
+    if values.ndim != 2 or not len(values) or values.dtype.kind not in "bif":
+        raise ValueError("values must be numbers (documents, k) of at least one document; got "
+                         f"{values.dtype} of shape {values.shape}")
+    _at_least("resamples", resamples, 1)
     documents, rng, sums = len(values), np.random.default_rng(seed), []
     at_once = max(1, 2**22 // documents)  # bounds the memory that the counts take
     for done in range(0, resamples, at_once):
@@ -234,7 +256,7 @@ class _Result:
             if record["format"] != _format(cls): raise ValueError(f"it says {record['format']!r}")
             return cls(**{f.name: _array_like(f.type, record[f.name]) for f in fields(cls)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a whole file of the format {_format(cls)!r}: "
+            raise ValueError(f"{path} is not a complete file of the format {_format(cls)!r}: "
                              f"{error!r}") from error
 
     def _repr_markdown_(self): return self.table()
@@ -243,8 +265,16 @@ def _format(cls): return f"memformers.{cls.__name__.lower()}.1"
 
 def _array_like(kind, value):
     "What JSON gave, as the type of a field."
-    if kind == dict[str, np.ndarray]: return {k: np.array(v) for k, v in value.items()}
-    return np.array(value) if kind is np.ndarray else tuple(value) if kind is tuple else value
+    if kind == dict[str, np.ndarray]:
+        return {k: _array_like(np.ndarray, v) for k, v in value.items()}
+    expected = list if kind in (np.ndarray, tuple) else kind
+    if not isinstance(value, (int, float) if kind is float else expected):
+        raise TypeError(f"expected a {expected.__name__}, got {value!r:.40}")
+    if kind is tuple: return tuple(value)
+    if kind is not np.ndarray: return value
+    array = np.array(value)
+    if array.dtype.kind not in "if": raise TypeError(f"expected numbers, got {value!r:.40}")
+    return array
 
 # %% ../nbs/19_evaluate.ipynb #5b6d3081
 @dataclass(frozen=True, eq=False, repr=False)
@@ -261,6 +291,12 @@ class _Sums(_Result):
     parameters: int      # numbers that the model has learned
     memory_bytes: int    # memory of one row
     settings: dict       # of `evaluate`
+
+    def __post_init__(self):
+        shape = len(self.names), len(self.edges) - 1
+        for name, array in {"tokens": self.tokens, **self.nats}.items():
+            if array.shape != shape:
+                raise ValueError(f"{name} must be documents × ranges = {shape}; got {array.shape}")
 
     @property
     def modes(self) -> tuple[str, ...]: return tuple(self.nats)
@@ -343,6 +379,7 @@ def _remarks(e: Evaluation) -> list[str]:
     documents = len(e.names)
     lines = [f"{e.model['model_class']} on {e.corpus}: {documents:,} documents, "
              f"{int(e.tokens.sum()):,} predictions, segments of {e.settings['seq_len']:,}."]
+    if note := e.settings.get("note"): lines.append(note)
     if most := e.settings["max_tokens"]: lines.append(f"Read are the first {most:,} of each.")
     if documents == 1: lines.append("A single document has no interval.")
     elif documents < 10: lines.append("So few documents make the intervals too narrow.")
@@ -361,9 +398,10 @@ def _borders(edges, size: int, longest: int) -> np.ndarray:
         edges = [0, size]
         while edges[-1] < longest: edges.append(2 * edges[-1])
     borders = np.array(edges)
-    if borders.dtype.kind != "i" or borders[0] != 0 or (np.diff(borders) <= 0).any():
+    if (borders.ndim != 1 or borders.dtype.kind != "i" or borders[0] != 0
+            or (np.diff(borders) <= 0).any()):
         raise ValueError(f"edges must be whole numbers that begin with 0 and increase; got "
-                         f"{list(edges)}")
+                         f"{edges!r}")
     return np.append(borders, longest) if borders[-1] < longest else borders
 
 class _Tally:
@@ -385,23 +423,22 @@ class _Tally:
         self.memory_bytes = max(self.memory_bytes, memory_bytes)
 
 # %% ../nbs/19_evaluate.ipynb #5c638f42
-def _check_counts(**numbers):
-    for name, number in numbers.items():
-        if number < 1: raise ValueError(f"{name} must be 1 or more; got {number}")
-
-def _check(model, corpus, modes, batch_size, max_tokens):
+def _check(model, corpus, batch_size, max_tokens, seed):
     "Refuse what cannot be evaluated, with the way out."
     if not isinstance(corpus, Corpus):
         raise TypeError(f"corpus must be a Corpus; got {type(corpus).__name__}. load_corpus makes "
                         "one from a name or a path.")
-    if len(corpus) < 2 and any(mode.endswith("foreign") for mode in modes):
-        raise ValueError("modes has 'foreign', which needs at least 2 documents; the corpus has 1. "
-                         "Cut it with corpus.cut(max_tokens), or leave 'foreign' out of modes.")
-    _check_counts(batch_size=batch_size)
-    if max_tokens is not None and max_tokens < 2:
-        raise ValueError(f"max_tokens must be 2 or more, one to read and one to predict; "
-                         f"got {max_tokens}")
+    _at_least("batch_size", batch_size, 1)
+    _at_least("seed", seed, 0)
+    if max_tokens is not None: _at_least("max_tokens", max_tokens, 2)
     for text in corpus.documents: _check_tokens(model, text)
+
+def _possible(modes, documents: int) -> tuple[tuple, str]:
+    "The modes that so many documents allow, and a note about those that they do not."
+    possible = tuple(mode for mode in modes if documents > 1 or not mode.endswith("foreign"))
+    left_out = ", ".join(mode for mode in modes if mode not in possible)
+    return possible, left_out and (f"Left out: {left_out}, as there is no other document; "
+                                   "corpus.cut(max_tokens) makes several of one.")
 
 # %% ../nbs/19_evaluate.ipynb #c3a270a7
 @torch.no_grad()
@@ -418,9 +455,9 @@ def evaluate(
     **memory_options,           # of `model.init_memory`, such as mem_len
 ) -> Evaluation:
     "Read every document of a corpus from its first to its last token, with each memory."
-    modes = _modes(model, modes)
-    _check(model, corpus, modes, batch_size, max_tokens)
-    size = _segment_length(model, seq_len)
+    size, modes = _segment_length(model, seq_len), _modes(model, modes)
+    _check(model, corpus, batch_size, max_tokens, seed)
+    modes, note = _possible(modes, len(corpus))
     texts = [text[:max_tokens] for text in corpus.documents]
     lengths = [len(text) - 1 for text in texts]
     tally = _Tally(len(texts), _borders(edges, size, max(lengths)), modes)
@@ -434,8 +471,14 @@ def evaluate(
                 tally.add(numbers, start, segment[-1], scores,
                           nbytes(rows.memory, full=True) // rows.rows)
                 bar.update(int(segment[-1].sum()))
+    for mode, nats in tally.nats.items():
+        if np.isnan(nats).any():
+            name = corpus.names[int(np.isnan(nats).any(1).argmax())]
+            raise ValueError(f"the model's loss is not a number in the document {name!r}, mode "
+                             f"{mode!r}, though its weights are finite; try a wider type, as "
+                             "model.float()")
     settings = dict(seq_len=size, batch_size=batch_size, max_tokens=max_tokens, seed=seed,
-                    memory_options=memory_options)
+                    note=note, memory_options=memory_options)
     return Evaluation(model.config(), corpus.name, corpus.fingerprint, corpus.names, tally.edges,
                       tally.tokens, tally.nats, tally.seconds,
                       sum(p.numel() for p in model.parameters()), tally.memory_bytes, settings)
@@ -509,6 +552,8 @@ def token_bits_by_mode(
     **memory_options,           # of `model.init_memory`, such as mem_len
 ) -> TokenBits:
     "What each of `tokens[1:]` costs with its own memory, with none and with wrong ones."
+    size = _segment_length(model, seq_len)
+    _at_least("seed", seed, 0)
     texts = [_document(model, tokens).numpy()]
     if foreign is not None: texts.append(_document(model, foreign, "foreign").numpy())
     if modes is None: modes = [mode for mode in MODES if mode != "foreign" or foreign is not None]
@@ -516,7 +561,7 @@ def token_bits_by_mode(
     if foreign is None and any(mode.endswith("foreign") for mode in modes):
         raise ValueError(f"modes has 'foreign', which needs the tokens of another document; got "
                          f"{modes} and foreign=None")
-    size, generator = _segment_length(model, seq_len), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     rows, nats = _Rows(model, len(texts), generator, memory_options), {mode: [] for mode in modes}
     # What the other document holds beyond this one's end is never read.
     texts = [text[:len(texts[0])] for text in texts]

@@ -7,7 +7,7 @@ __all__ = ['wilson', 'Recall', 'recall', 'Cost', 'seconds', 'cost', 'MemoryRead'
 
 # %% ../nbs/44_probe.ipynb #99ac8ce2
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .evaluate import (Estimate, _check_counts, _document, _quoted, _Result,
-                                 _segment_length)
+from .data import _at_least
+from .evaluate import Estimate, _document, _quoted, _Result, _segment_length
 from .memory import carry, clone, nbytes
 from .model import MemoryLM, evaluating
 from .tasks import RecallTask, TaskStream
@@ -68,6 +68,14 @@ class Recall(_Result):
                 f"the tokens right; guessing gets {self.chance:.1%}")
 
 # %% ../nbs/44_probe.ipynb #f66e01e5
+def _numbers(name, values, least: int) -> list[int]:
+    "A list of at least one whole number."
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of whole numbers; got {values!r}")
+    values = list(values)
+    if not values: raise ValueError(f"{name} must have at least one number; got none")
+    return [_at_least(name, value, least) for value in values]
+
 def _right(model, stream, options: dict, memory: bool) -> tuple[Tensor, Tensor]:
     "Tokens of the answers that are right, and tokens of the answers: (rows,) each."
     device, carried = model.embedding.weight.device, model.init_memory(len(stream.rows), **options)
@@ -95,8 +103,12 @@ def recall(
     **memory_options,           # of `model.init_memory`, such as mem_len
 ) -> Recall:
     "How much of its answers is right, at each distance; the right tokens before are given."
-    size, shares, distances = _segment_length(model, seq_len), [], list(distances)
-    _check_counts(batch_size=batch_size, episodes=episodes, distances=len(distances))
+    size, shares = _segment_length(model, seq_len), []
+    distances = _numbers("distances", distances, 1)
+    if not isinstance(task, RecallTask):
+        raise TypeError(f"task must be a RecallTask; got {type(task).__name__}")
+    for name, number in dict(batch_size=batch_size, episodes=episodes).items():
+        _at_least(name, number, 1)
     with evaluating(model):
         for distance in distances:
             parts = [TaskStream(task.at(distance), episodes, size, seed, episodes=1,
@@ -145,7 +157,7 @@ def seconds(
     repeats: int = 5, # the fastest counts
 ) -> float:
     "How long a call takes, the work of an accelerator included."
-    _check_counts(repeats=repeats)
+    _at_least("repeats", repeats, 1)
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
     for _ in range(repeats + 1):
@@ -168,11 +180,9 @@ def _time(model, tokens, memory) -> float:
 # %% ../nbs/44_probe.ipynb #de48015e
 def _contexts(model, contexts, size: int, reread: bool) -> list[int]:
     "The contexts of `cost`, checked."
-    contexts = list(contexts)
-    _check_counts(contexts=len(contexts))
-    if sorted(contexts) != contexts or contexts[0] < 0:
-        raise ValueError(f"contexts must be 0 or more and increase, as the text is read once; got "
-                         f"{contexts}")
+    contexts = _numbers("contexts", contexts, 0)
+    if sorted(contexts) != contexts:
+        raise ValueError(f"contexts must increase, as the text is read once; got {contexts}")
     if reread and contexts[-1] + size > model.seq_len:
         raise ValueError(f"with reread=True a segment holds contexts and seq_len tokens, here "
                          f"{contexts[-1]} + {size}, but this model reads {model.seq_len} at most; "
@@ -193,7 +203,9 @@ def cost(
     "Time and memory of a model as the text grows."
     size = _segment_length(model, seq_len)
     contexts = _contexts(model, contexts, size, reread)
-    _check_counts(batch_size=batch_size, repeats=repeats)
+    for name, number in dict(batch_size=batch_size, repeats=repeats).items():
+        _at_least(name, number, 1)
+    _at_least("seed", seed, 0)
     generator, times, sizes, read = torch.Generator().manual_seed(seed), [], [], 0
     draw = lambda n: torch.randint(model.num_tokens, (batch_size, n), generator=generator).to(
         model.embedding.weight.device)
@@ -277,10 +289,11 @@ def lookup(
     **memory_options,           # of `model.init_memory`, such as mem_len
 ) -> Lookup:
     "Read a text up to a token, and see which memories that token attends to."
-    text, size = _document(model, tokens), _segment_length(model, seq_len)
-    if not -len(text) <= at < len(text):
+    size, text = _segment_length(model, seq_len), _document(model, tokens)
+    if _at_least("at", at, -len(text)) >= len(text):
         raise ValueError(f"at must be the place of one of the {len(text):,} tokens; got {at}")
-    _check_counts(top=top)
+    _at_least("top", top, 1)
+    if head is not None: _at_least("head", head, 0)
     at = at % len(text)
     parts = text[None, :at + 1].to(model.embedding.weight.device).split(size, 1)
     memory = model.init_memory(1, **memory_options)

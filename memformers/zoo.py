@@ -6,6 +6,8 @@
 __all__ = ['MODELS', 'PRESETS', 'Preset', 'create', 'budget', 'models', 'load_model']
 
 # %% ../nbs/40_zoo.ipynb #50894c1d
+import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,14 +74,22 @@ PRESETS = {
 }
 
 # %% ../nbs/40_zoo.ipynb #0b5079d2
+def _check_options(cls, options: dict, what: str):
+    "Refuse arguments that the constructor does not have."
+    known = [name for name in inspect.signature(cls).parameters if name != "self"]
+    if unknown := sorted(options.keys() - set(known)):
+        raise TypeError(f"{what}: {cls.__name__} has no argument {', '.join(unknown)}; it has "
+                        f"{', '.join(known)}")
+
 def create(
     name: str,   # of a preset, see `models`
     **options,   # arguments of the constructor that differ from the preset
 ) -> MemoryLM:
     "Build the model of a preset, with fresh weights."
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"no model is called {name!r}; there are {', '.join(PRESETS)}")
     preset = PRESETS[name]
+    _check_options(preset.model_class, options, "options")
     return preset.model_class(**(preset.options | options))
 
 # %% ../nbs/40_zoo.ipynb #7bcfff15
@@ -114,12 +124,16 @@ def load_model(
     **options,     # of `from_pretrained`, such as map_location
 ) -> MemoryLM:
     "Load a saved model of any mechanism, in evaluation mode."
+    if not isinstance(where, (str, os.PathLike)):
+        raise TypeError(f"where must be a folder, or a name like user/model; got {where!r}")
     local = Path(where).is_dir()
     if not local and (Path(where).is_absolute() or len(Path(where).parts) != 2):
         raise FileNotFoundError(f"{where} is neither a folder nor a name like user/model")
     path = Path(where) / "config.json" if local else _hub_config(str(where))
-    name = read_config(path)["model_class"]
-    if name not in MODELS:
+    config = read_config(path)
+    name = config["model_class"]
+    if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"{where} holds a {name}, which this version does not know; "
                          f"it knows {', '.join(MODELS)}")
+    _check_options(MODELS[name], {k: v for k, v in config.items() if k != "model_class"}, path)
     return MODELS[name].from_pretrained(where, **options)
