@@ -433,19 +433,22 @@ def _check(model, corpus, batch_size, max_tokens, seed):
     if max_tokens is not None: _at_least("max_tokens", max_tokens, 2)
     for text in corpus.documents: _check_tokens(model, text)
 
-def _possible(modes, documents: int) -> tuple[tuple, str]:
-    "The modes that so many documents allow, and a note about those that they do not."
-    possible = tuple(mode for mode in modes if documents > 1 or not mode.endswith("foreign"))
-    left_out = ", ".join(mode for mode in modes if mode not in possible)
-    return possible, left_out and (f"Left out: {left_out}, as there is no other document; "
-                                   "corpus.cut(max_tokens) makes several of one.")
+def _possible(model, wanted, documents: int) -> tuple[tuple, str]:
+    "The modes to score, and a note about what was left out since nobody asked for it by name."
+    modes = _modes(model, MODES if wanted is None else wanted)
+    if documents > 1 or not any(mode.endswith("foreign") for mode in modes): return modes, ""
+    if wanted is not None:
+        raise ValueError(f"modes has 'foreign', which needs at least 2 documents; the corpus has 1. "
+                         f"Cut it with corpus.cut(max_tokens), or leave it out; got {modes}")
+    return tuple(mode for mode in modes if mode != "foreign"), (
+        "Left out: foreign, as there is no other document; corpus.cut(max_tokens) makes several.")
 
 # %% ../nbs/19_evaluate.ipynb #c3a270a7
 @torch.no_grad()
 def evaluate(
     model: MemoryLM,
     corpus: Corpus,
-    modes=MODES,                # what to score, of `known_modes`; "on" is always among them
+    modes=None,                 # of `known_modes`, "on" always; None: MODES, if the corpus allows
     batch_size: int = 8,        # documents side by side; only "shuffled" depends on it
     seq_len: int | None = None, # tokens per segment; None: as many as the model takes
     max_tokens: int | None = None, # read only so much of each document; None: all
@@ -455,9 +458,9 @@ def evaluate(
     **memory_options,           # of `model.init_memory`, such as mem_len
 ) -> Evaluation:
     "Read every document of a corpus from its first to its last token, with each memory."
-    size, modes = _segment_length(model, seq_len), _modes(model, modes)
+    size = _segment_length(model, seq_len)
     _check(model, corpus, batch_size, max_tokens, seed)
-    modes, note = _possible(modes, len(corpus))
+    modes, note = _possible(model, modes, len(corpus))
     texts = [text[:max_tokens] for text in corpus.documents]
     lengths = [len(text) - 1 for text in texts]
     tally = _Tally(len(texts), _borders(edges, size, max(lengths)), modes)

@@ -216,10 +216,14 @@ def test_budget():
     assert evaluate(tied, corpus()).parameters == sum(p.numel() for p in tied.parameters())
 
 
+def knn():
+    return MemorizingTransformer(num_tokens=32, dim=16, depth=2, heads=2, dim_head=4, seq_len=4,
+                                 memorizing_layers=[2], max_knn_memories=5000)
+
+
 def test_the_budget_is_that_of_a_full_memory():
     """A store that grows is counted as it will be, not as it is after a short text."""
-    model = MemorizingTransformer(num_tokens=32, dim=16, depth=2, heads=2, dim_head=4, seq_len=4,
-                                  memorizing_layers=[2], max_knn_memories=5000)
+    model = knn()
     found = evaluate(model, corpus([9, 9], 32))
     memory = model.init_memory(1)
     assert nbytes(memory) < found.memory_bytes == nbytes(memory, full=True)
@@ -259,6 +263,9 @@ def test_a_mode_without_another_document_is_left_out_with_a_note():
     assert found.modes == ("on", "off", "shuffled")
     assert "Left out: foreign, as there is no other document; corpus.cut" in found.table()
     assert "Left out" not in evaluate(xl(), corpus()).table()
+    for mode, model in {"foreign": xl(), "knn.foreign": knn()}.items():
+        with pytest.raises(ValueError, match=f"2 documents.*corpus.cut.*got .*'{mode}'"):
+            evaluate(model, corpus([9]), modes=[mode])
 
 
 @pytest.mark.parametrize("model", [xl(), SpendingParrot(17)], ids=["xl", "spending"])

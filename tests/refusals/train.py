@@ -135,6 +135,8 @@ for what, value in TOKENS.items():
 ROWS += [Refusal("evaluate, a corpus of other tokens",
                  lambda: call_evaluate(corpus=Corpus("text", ["a"], [b"text"])), ValueError,
                  "num_tokens"),
+         Refusal("evaluate, foreign of one document", lambda: call_evaluate(
+             corpus=CORPUS.take(1), modes=["foreign"]), ValueError, "modes"),
          Refusal("evaluate, spoiled weights", lambda: call_evaluate(model=spoiled()), ValueError,
                  "not finite"),
          Refusal("token_bits, spoiled weights", lambda: call_bits(model=spoiled()), ValueError,
