@@ -156,8 +156,8 @@ def evaluate(
     model = _find_model(folder, cpu)
     texts = load_corpus(corpus, split)
     if documents: texts = texts.take(documents)
-    wanted = modes.split() or None  # None: those that the documents allow
-    result = evaluate_model(model, texts, tuple(wanted), batch_size,
+    # Without any, those that the documents allow.
+    result = evaluate_model(model, texts, modes.split() or None, batch_size,
                             max_tokens=max_tokens or None, progress=sys.stderr.isatty())
     where = Path(out or Path(folder if Path(folder).is_dir() else ".") / "evaluation")
     _write_evaluation(result, where)

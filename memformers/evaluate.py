@@ -438,8 +438,8 @@ def _possible(model, wanted, documents: int) -> tuple[tuple, str]:
     modes = _modes(model, MODES if wanted is None else wanted)
     if documents > 1 or not any(mode.endswith("foreign") for mode in modes): return modes, ""
     if wanted is not None:
-        raise ValueError(f"modes has 'foreign', which needs at least 2 documents; the corpus has 1. "
-                         f"Cut it with corpus.cut(max_tokens), or leave it out; got {modes}")
+        raise ValueError(f"modes has 'foreign', which needs at least 2 documents; the corpus has "
+                         f"1. Cut it with corpus.cut(max_tokens), or leave it out; got {modes}")
     return tuple(mode for mode in modes if mode != "foreign"), (
         "Left out: foreign, as there is no other document; corpus.cut(max_tokens) makes several.")
 

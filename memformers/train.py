@@ -619,11 +619,11 @@ def _check_random(found, here):
 def _load(run, path) -> dict:
     "What a checkpoint holds, checked against the run."
     learner, own = run.learner, _own(run, path)
+    _fit_weights(path / "model.safetensors", run.model)
     found = dict(weights=load_file(path / "model.safetensors"),
                  moments=load_file(path / "optimizer.safetensors"),
                  random=load_file(own / "random.safetensors"),
                  stream=_read_json(own / "stream.json"))
-    _fit_weights(path / "model.safetensors", run.model)
     _check_moments(run.model, found["moments"])
     _check_random(found["random"], learner.random)
     found["memories"] = [load_memory(own / f"memory_{i}.safetensors", memory)

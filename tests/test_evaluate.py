@@ -1,11 +1,7 @@
 """Evaluation: equal to one document at a time by hand; intervals, files, refusals."""
 import json
 import math
-<<<<<<< HEAD
-=======
 import time
-from dataclasses import replace
->>>>>>> 749de7b (Evaluation, probes and named models refuse what they cannot use; spoiled weights have no scores)
 
 import numpy as np
 import pytest
@@ -17,13 +13,8 @@ from memformers import MemorizingTransformer, TransformerXL, carry, clone, nbyte
 from memformers.data import ByteTokenizer, Corpus
 from memformers.evaluate import (Estimate, Evaluation, TokenBits, evaluate, resampled_sums,
                                  token_bits, token_bits_by_mode)
-<<<<<<< HEAD
 from memformers.memory import replace, shuffle
-from memformers.probe import recall
-=======
-from memformers.memory import shuffle
 from memformers.probe import lookup, recall
->>>>>>> 749de7b (Evaluation, probes and named models refuse what they cannot use; spoiled weights have no scores)
 from memformers.tasks import copy_task
 
 PARTNER = {0: 2, 2: 0, 3: 5, 5: 3, 4: 6, 6: 1, 1: 4}  # by length: two, two, and the last three
