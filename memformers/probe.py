@@ -300,6 +300,9 @@ def lookup(
     with evaluating(model):
         for part in parts[:-1]: memory = carry(model.step(part, memory).memory)
     seen = model.attention_weights(parts[-1], memory)
+    if not seen:
+        raise ValueError(f"model must attend to its memory for a lookup; {type(model).__name__} "
+                         "records no attention weights")
     if layer is not None and layer not in [each.layer for each in seen]:
         raise ValueError(f"layer must be 1 to {len(seen)}; got {layer}")
     if head is not None and not all(0 <= head < each.weights.shape[1] for each in seen):

@@ -195,7 +195,8 @@ def test_a_lookup_refuses():
                         (lambda: lookup(xl(), text, at=1, head=3), "head.*3"),
                         (lambda: lookup(xl(), text, at=1, top=0), "top.*0")]:
         with pytest.raises(ValueError, match=words): call()
-    with pytest.raises(NotImplementedError, match="Parrot.*look"): lookup(Parrot(), text, at=3)
+    with pytest.raises(ValueError, match="Parrot records no attention"):
+        lookup(Parrot(), text, at=3)
 
 
 @each

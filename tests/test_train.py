@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 import memformers.train
 from memformers import MemorizingTransformer, TransformerXL, carry, load_memory, reset, select
 from memformers.data import Corpus, DocumentStream
+from memformers.memory import replace
 from memformers.tasks import TaskStream, copy_task
 from memformers.train import (NonFiniteLoss, Trainer, TrainOptions, _Unroll, latest_checkpoint,
                               learn, learning_rate, parameter_groups, read_metrics, train)
