@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['distances', 'used_slots', 'valid_slots', 'same_in_all', 'Span', 'Cursor', 'Buffer', 'KVCache', 'Keys', 'keys_of',
            'LayerAttention', 'recording', 'record', 'attention_weights', 'attend', 'FeedForward', 'check_sizes',
-           'check_dropout', 'check_choice', 'check_layers', 'check_heads', 'split_qkv']
+           'check_dropout', 'check_numbers', 'check_choice', 'check_layers', 'check_heads', 'split_qkv']
 
 # %% ../nbs/10_attention.ipynb #3b8e97d0
+import math
 from collections.abc import Iterable
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -214,6 +215,7 @@ class Keys(NamedTuple):
     far: tuple[int, int, int] = (0, 1, 0) # keys before all others: distance from the last query to
                            # the newest of them, tokens from one to the next, how many
     timeless: int = 0      # keys between the two that have no position in time
+    newer: int = 0         # for display: tokens that a far key stands for after its own position
     distance: Tensor | None = None # (b, n, far + near) of each key, if rows or keys are irregular
     hidden: Tensor | None = None   # (b or 1, 1, n, k) bool: which of the last k keys are not read
     kinds: tuple = ()      # for display: (kind, count, tokens that one key stands for), in order
@@ -245,7 +247,7 @@ class Keys(NamedTuple):
             back = torch.arange(self.n - 1, -1, -1, device=device)[:, None]
             age = torch.cat([far - back, distances(self.n, self.near, device=device)], 1)[None]
         far, near = age.tensor_split([self.far[2]], -1)
-        return torch.cat([far, far.new_zeros(*far.shape[:2], self.timeless), near], -1)
+        return torch.cat([far - self.newer, far.new_zeros(*far.shape[:2], self.timeless), near], -1)
 
 # %% ../nbs/10_attention.ipynb #81d6a616
 def keys_of(
@@ -380,6 +382,15 @@ def check_dropout(**shares):
         if isinstance(p, bool) or not isinstance(p, Real):
             raise TypeError(f"{name} must be a number from 0 to less than 1; got {p!r}")
         if not 0 <= p < 1: raise ValueError(f"{name} must be at least 0 and less than 1; got {p}")
+
+def check_numbers(least: float = -math.inf, **values):
+    "Refuse what is no finite number, or smaller than `least`."
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number; got {value!r}")
+        if not math.isfinite(value) or value < least:
+            at_least = f" of {least} or more" if math.isfinite(least) else ""
+            raise ValueError(f"{name} must be a finite number{at_least}; got {value}")
 
 def check_choice(name: str, value, choices):
     "Refuse a value that is not among the choices."

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .attention import FeedForward, Keys, KVCache, Span, attend, check_choice, split_qkv
 
@@ -108,6 +109,11 @@ class Residual(nn.Module):
         return self.gate(new, state)
 
 # %% ../nbs/12_gates.ipynb #72101941
+def _frozen(module: nn.Module):
+    "A module as a function, through weights that get no gradient."
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    return lambda x: functional_call(module, weights, (x,))
+
 class GatedLayer(nn.Module):
     "Attention and feed-forward, each after a norm and joined to the stream by a `Residual`."
     def __init__(
@@ -138,13 +144,17 @@ class GatedLayer(nn.Module):
                                    .normal_(std=0.02)) if num_mem_kv else None
         self.register_load_state_dict_pre_hook(split_qkv)
 
-    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        "Keys and values of states (b, m, dim): each (b, kv_heads, m, dim_head)."
-        return self._split(self.norm_attention(states))
+    def keys_values(self, states: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """Keys and values of states (b, m, dim): each (b, kv_heads, m, dim_head).
 
-    def _split(self, h):
-        kv = self.to_kv(h).unflatten(2, (2, self.kv_heads, -1))
-        return kv.permute(2, 0, 3, 1, 4).unbind()
+        `frozen`: the weights get no gradient from this use.
+        """
+        parts = self.norm_attention, self.to_kv
+        norm, to_kv = map(_frozen, parts) if frozen else parts
+        return self._split(to_kv(norm(states)))
+
+    def _split(self, kv):
+        return kv.unflatten(2, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
     def open(self, states: Tensor) -> KVCache:
         "The cache of a segment after states (b, m, dim) of a memory; learned keys come last."
@@ -164,7 +174,7 @@ class GatedLayer(nn.Module):
     ):                   # states (b, n, dim) after the layer, the cache, the queries
         h = self.norm_attention(x)
         q = self.to_q(h).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        cache = cache.append(*self._split(h), span)
+        cache = cache.append(*self._split(self.to_kv(h)), span)
         dropout = self.attn_dropout if self.training else 0.0
         out = attend(q, *cache.read(span), positions(q, keys), dropout, keys)
         out = self.to_out(out.transpose(1, 2).flatten(2))

@@ -98,6 +98,9 @@ def memory_state(cls):
     `on_select(rows)`, `on_put(rows, part)`, `on_shuffle(generator)`.
     """
     cls.__repr__, cls.__iter__ = _repr, _unpack
+    if hasattr(cls, "unpacks"):   # it answers as the named tuple of the original packages does
+        cls.__len__, cls._replace = lambda self: len(self.unpacks), replace
+        cls.__getitem__ = lambda self, i: tuple(self)[i]
     cls = dataclass(frozen=True, eq=False, repr=False)(cls)
     cls._memory_fields = _dataclass_fields(cls)
     # Libraries that cast the tensors of every dataclass (FSDP) must not recognise this one.

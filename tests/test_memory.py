@@ -277,6 +277,14 @@ def test_weights_are_floats_of_one_type(tmp_path):
         TransformerXL.from_pretrained(tmp_path)
 
 
+def test_a_memory_of_an_original_answers_as_its_tuple():
+    memory = CompressiveTransformer(num_tokens=11, dim=8, depth=1, heads=2, seq_len=4).init_memory(2)
+    mem, cmem = memory
+    assert len(memory) == 2 and memory[0] is mem and memory[-1] is cmem and memory[:1] == (mem,)
+    ones = memory._replace(mem=torch.ones_like(mem))
+    assert ones.mem.all() and ones.cmem is cmem and not mem.any()
+
+
 def test_a_clone_shares_nothing():
     memory = toy()
     clone(memory).mem.zero_()
