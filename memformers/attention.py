@@ -353,9 +353,10 @@ class FeedForward(nn.Module):
         dropout: float = 0.0, # on the inner layer
     ):
         super().__init__()
+        if not isinstance(mult, Real) or not 1 <= dim * mult < math.inf:
+            raise ValueError(f"ff_mult must be a number that gives an inner width of 1 or more; "
+                             f"got {mult!r} times dim = {dim}")
         inner = int(dim * mult)
-        if inner < 1: raise ValueError(f"ff_mult must give an inner width of 1 or more; got {mult} "
-                                       f"times dim = {dim}")
         self.glu, self.dropout = glu, nn.Dropout(dropout)
         self.expand = nn.Linear(dim, inner * 2 if glu else inner)
         self.contract = nn.Linear(inner, dim)

@@ -136,7 +136,9 @@ def sample(
     if filter_logits is not None: logits = filter_logits(logits)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
-def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, **_):
+def check_sampling(
+    temperature=1.0, top_k=None, top_p=None, min_p=None, filter_logits=None, **_,
+):
     "Refuse settings of `sample` that mean nothing."
     if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number of 0 or more; got {temperature!r}")
@@ -144,6 +146,8 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, **_):
     for name, p in (("top_p", top_p), ("min_p", min_p)):
         if p is not None and (not isinstance(p, Real) or not 0 <= p <= 1):
             raise ValueError(f"{name} must lie between 0 and 1; got {p!r}")
+    if filter_logits is not None and not callable(filter_logits):
+        raise TypeError(f"filter_logits must be a function of logits; got {filter_logits!r}")
 
 # %% ../nbs/17_generate.ipynb #7fd5d9f5
 def for_generation(
@@ -171,8 +175,10 @@ def stream(
     **sampling,                    # of `sample`: temperature, top_k, top_p, min_p, generator, …
 ) -> Iterator[Tensor]:             # (b,) token ids, `length` times or until all rows have ended
     "Generate token by token; the model keeps its mode, and the memory passed in its contents."
+    if not isinstance(model, MemoryLM):
+        raise TypeError(f"model must be a MemoryLM; got a {type(model).__name__}")
     check_sampling(**sampling)
-    check_sizes(0, length=length)
+    check_sizes(0, length=length, pad=pad)
     stop = _stop_tokens(stop_token, model.num_tokens)
     if isinstance(prompt, Tensor) and prompt.ndim == 1: prompt = prompt[None]
     if isinstance(mask, Tensor) and mask.ndim == 1: mask = mask[None]

@@ -45,7 +45,8 @@ def check_tokens(
     if not isinstance(tokens, Tensor):
         raise TypeError(f"{name} must be a tensor of integer ids (b, n); got a "
                         f"{type(tokens).__name__}. For a list: torch.tensor([list]).")
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if tokens.ndim != 2 or tokens.dtype == torch.bool or tokens.is_floating_point() \
+            or tokens.is_complex():
         raise ValueError(f"{name} must be integer ids of shape (b, n); got {tokens.dtype} of shape "
                          f"{tuple(tokens.shape)}")
     if min(tokens.shape) < 1:

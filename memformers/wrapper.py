@@ -7,7 +7,7 @@ __all__ = ['top_k', 'top_p', 'SegmentLoss', 'AutoregressiveWrapper']
 
 # %% ../nbs/41_wrapper.ipynb #86c1429e
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,8 @@ class SegmentLoss:
 def _as_batch(x, mask, pad_value):
     "Tensors (b, n) of tokens and mask, from a tensor, or from a list of sequences."
     if not isinstance(x, Tensor):
+        if isinstance(x, str) or not isinstance(x, Iterable):
+            raise TypeError(f"x must be a tensor (b, n) or a list of sequences; got {x!r}")
         rows = [torch.as_tensor(row) for row in x]
         if not rows or any(row.ndim != 1 for row in rows):
             raise ValueError("x must be a tensor (b, n), or a list of one or more 1-D sequences")
@@ -52,6 +54,10 @@ def _as_batch(x, mask, pad_value):
         lengths = torch.tensor([len(row) for row in rows], device=x.device)
         return x, torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     if x.ndim == 1: x = x[None]
+    if x.ndim != 2 or not len(x):
+        raise ValueError(f"x must be (b, n), with at least one row; got {tuple(x.shape)}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor; got a {type(mask).__name__}")
     return x, None if mask is None else mask.view(-1, mask.shape[-1])
 
 def _real(x, mask, n, ignore_index):
@@ -74,6 +80,8 @@ class AutoregressiveWrapper(nn.Module):
         pad_value: int = 0,       # what fills short rows; it is masked
     ):
         super().__init__()
+        if not isinstance(net, MemoryLM):
+            raise TypeError(f"net must be a MemoryLM; got a {type(net).__name__}")
         self.net, self.ignore_index, self.pad_value = net, ignore_index, pad_value
         self.seq_len = net.seq_len
 

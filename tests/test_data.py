@@ -23,7 +23,7 @@ from memformers import data
 from memformers.data import (ByteTokenizer, Corpus, DocumentStream, Segment, enwik8, hugging_face,
                              load_corpus, stdlib, text_files)
 from memformers.tasks import (RecallTask, TaskStream, copy_task, dots, key_value_task, passkey_task,
-                              sentences)
+                              program_task, sentences)
 
 quick = settings(max_examples=60, deadline=None, database=None, derandomize=True,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -901,3 +901,28 @@ def test_position_in_other_tasks_is_refused():
     state = TaskStream(tasks_at(8), 2, 4).state_dict()
     with pytest.raises(ValueError, match="state: saved with tasks="):
         TaskStream(tasks_at(9), 2, 4).load_state_dict(state)
+
+
+def test_a_passkey_hides_in_prose():
+    text = bytes(passkey_task(200).episode(np.random.default_rng(0))[0]).decode()
+    assert text.count("the") > 4 and "." * 12 not in text
+
+
+def test_programs_print_what_they_compute():
+    """An interpreter of its own: `x=3;`, `x++;`, `x--;`, `y>4:` before a statement, `x?7;`."""
+    task, asked, borders = program_task(3, 24), 0, 0
+    for seed in range(60):
+        tokens, answer = task.episode(np.random.default_rng(seed))
+        text, state, holds, seen = bytes(tokens).decode(), {}, True, []
+        for i in range(0, len(text), 4):
+            name, kind, value = text[i], text[i + 1], text[i + 2]
+            if kind == ">":
+                holds, borders = state[name] > int(value), borders + (state[name] == int(value))
+                continue
+            if kind == "=": state[name] = int(value)
+            if kind == "?": seen.append((i + 2, state[name] == int(value)))
+            if kind in "+-" and holds: state[name] = (state[name] + (1 if kind == "+" else -1)) % 10
+            holds = True
+        assert [i for i, right in seen if right] == answer.nonzero()[0].tolist()
+        asked += len(seen)
+    assert asked > 100 and borders > 5

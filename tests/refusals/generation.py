@@ -27,7 +27,7 @@ PROMPTS = {
 }
 MASKS = {
     "shorter": MASK[:, :2], "longer": torch.ones(1, 4).bool(), "of two rows": MASK.expand(2, 3),
-    "1-D": MASK[0], "of floats": MASK.float(), "of integers": MASK.long(), "a list": [[True] * 3],
+    "of floats": MASK.float(), "of integers": MASK.long(), "a list": [[True] * 3],
     "of nothing": ~MASK,
 }
 ROWS = rows(lambda v: call(prompt=v), "generate, prompt", PROMPTS, "prompt|tokens")
@@ -44,7 +44,7 @@ for argument, bad in dict(
         length=(-1, 1.5, "2", None), temperature=(-1, "hot", float("nan")), top_k=(0, -1, 1.5, "2"),
         top_p=(-0.1, 1.1, "half", float("nan")), min_p=(-0.1, 1.1, "half", float("nan")),
         stop_token=("a", 1.5, -1, 17, [17], ["a"]),
-        pad=("a", 1.5), keep=(3,), generator=(3,)).items():
+        pad=("a", 1.5), filter_logits=(3,), generator=(3,)).items():
     ROWS += refusals("generate", call, argument, *bad)
     ROWS += refusals("stream", lazily, argument, bad[0])
 
@@ -64,7 +64,7 @@ ROWS += rows(lambda v: list(WRAPPER()(v, return_loss=True)), "wrapper, x", {
     "a string": "text", "None": None, "a number": 3, "float": LONG.float(), "3-D": LONG[None],
     "one token": LONG[:, :1], "no rows": LONG[:0], "an empty list": [],
     "a list of matrices": [LONG], "an id of num_tokens": LONG * 17}, r"\bx\b|tokens")
-ROWS += rows(lambda v: list(WRAPPER()(LONG, v, return_loss=True)), "wrapper, mask", {
+ROWS += rows(lambda v: list(WRAPPER()(LONG, mask=v, return_loss=True)), "wrapper, mask", {
     "shorter": torch.ones(2, 5).bool(), "of floats": torch.ones(2, 9),
     "of one row": torch.ones(1, 9).bool(), "a list": [[True] * 9] * 2}, "mask")
 for argument in ("max_batch_size", "truncate_every"):
