@@ -12,13 +12,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .layers import (GatedLayer, KeyPlaces, LearnedPositions, Place, Residual, behind,
-                               check_heads, check_memory_layers, distances, same_in_all, used_slots)
-from .memory import carry, filled, memory_state, push, replace, slots
-from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
+from .attention import (Buffer, Cursor, Keys, check_choice, check_dropout, check_heads,
+                                  check_layers, check_numbers, check_sizes, distances, keys_of,
+                                  used_slots, valid_slots)
+from .gates import GATES, GatedLayer, Residual
+from .memory import carry, memory_state, push, replace, slots
+from .model import MemoryLM, init_weights
+from .positions import LearnedPositions
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #a2ac3400
 @memory_state
@@ -28,24 +31,24 @@ class LongShortMemory:
     short: Tensor = slots(2)             # (b, memory layers, m, dim), newest last
     long: Tensor = slots(1, "long_fill") # (b, l, dim)
     fill: Tensor = None                  # (b,) tokens in short
-    long_fill: Tensor = None             # (b,) 0 before the first write (then the learned slots
-                                         # stand there), afterwards l
+    long_fill: Tensor = None             # (b,) 0 before the first write, when the learned slots
+                                         # are read instead; afterwards l
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #40e9e3ea
 def linear_attention(
     q: Tensor,  # (b, h, l, d) queries
     k: Tensor,  # (b, h, t, d) keys
     v: Tensor,  # (b, h, t, d) values
-    there: Tensor | None = None, # (b, t) bool: which keys are real; None: all
+    valid: Tensor | None = None, # (b, t) bool, True where a key is real; None: all
 ) -> Tensor:    # (b, h, l, d)
     "Each feature spreads over the positions, each query over the features (5); Shen et al. 2018."
-    if there is not None: k = k.masked_fill(~there[:, None, :, None], -torch.inf)
+    if valid is not None: k = k.masked_fill(~valid[:, None, :, None], -torch.inf)
     return q.softmax(-1) @ (k.softmax(-2).mT @ v)
 
-def full_attention(q, k, v, there=None):
+def full_attention(q, k, v, valid=None):
     "The usual attention, with the same arguments."
-    there = None if there is None else there[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=there)
+    mask = None if valid is None else valid[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #36e8f63d
 WRITERS = {"linear": linear_attention, "full": full_attention}
@@ -76,89 +79,45 @@ class MemoryWriter(nn.Module):
         self.mem_kv = normal(2, heads, num_mem_kv, dim // heads) if num_mem_kv else None
         self.join = Residual(dim, gate, mogrify, gate_bias)
 
-    def keys_values(self, x: Tensor):
-        return rearrange(self.to_kv(x), "b t (z h d) -> z b h t d", z=2, h=self.heads)
+    def keys_values(self, x: Tensor) -> Tensor:
+        "Keys and values of states (b, t, dim): (2, b, heads, t, dim_head)."
+        return self.to_kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, long: Tensor, states: Tensor, there: Tensor | None) -> Tensor:
-        "Slots (b, l, dim) after seeing `states` (b, layers, t, dim), `there` (b, t) of them real."
-        b, layers, t, _ = states.shape
+    def forward(self, long: Tensor, states: Tensor, valid: Tensor | None = None) -> Tensor:
+        "Slots (b, l, dim) after reading states (b, layers, t, dim), `valid` (b, t) of them real."
         sources = [self.keys_values((self.norm_states(states) + self.layer).flatten(1, 2))]
-        if self.mem_kv is not None: sources.append(self.mem_kv[:, None].expand(-1, b, -1, -1, -1))
-        if there is not None:
-            rest = sum(s.shape[3] for s in sources[1:]) + long.shape[1]
-            there = F.pad(there.repeat(1, layers), (0, rest), value=True)
+        if self.mem_kv is not None:
+            sources.append(self.mem_kv[:, None].expand(-1, len(long), -1, -1, -1))
+        if valid is not None:
+            others = sum(s.shape[3] for s in sources[1:]) + long.shape[1]
+            valid = F.pad(valid.repeat(1, states.shape[1]), (0, others), value=True)
         for _ in range(self.iters):
             known = self.norm_slots(long)
-            q = rearrange(self.to_q(known + self.slot), "b l (h d) -> b h l d", h=self.heads)
+            q = self.to_q(known + self.slot).unflatten(2, (self.heads, -1)).transpose(1, 2)
             k, v = torch.cat([*sources, self.keys_values(known)], 3)
-            read = rearrange(self.attend(q, k, v, there), "b h l d -> b l (h d)")
+            read = self.attend(q, k, v, valid).transpose(1, 2).flatten(2)
             long = self.join(self.to_out(read), long)
         return long
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #3d2f6341
-def _check_options(model, depth, iters, attention):
-    "Refuse what cannot be built."
-    if depth < 1: raise ValueError(f"depth must be 1 or more; got {depth}")
-    for name in ("mem_len", "lmem_len", "num_mem_kv"):
-        if getattr(model, name) < 0:
-            raise ValueError(f"{name} must be 0 or more; got {getattr(model, name)}")
-    if iters < 1: raise ValueError(f"mem_write_iters must be 1 or more; got {iters}")
-    if attention not in WRITERS:
-        raise ValueError(f"mem_attention must be 'linear' or 'full'; got {attention!r}")
+def _check_writer(dim, heads, iters, attention, gate):
+    "Check what only the writer has."
+    check_sizes(1, mem_heads=heads, mem_write_iters=iters)
+    check_choice("mem_attention", attention, tuple(WRITERS))
+    check_choice("gate", gate, tuple(GATES))
+    if dim % heads: raise ValueError(f"dim must be a multiple of mem_heads = {heads}; got {dim}")
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #01f4def3
 @memory_state
 class LongShortSegment:
-    "A segment that is being read in pieces: keys and values of all that was read, layer by layer."
-    memory: LongShortMemory # what stands in front
-    keys: list              # of each layer: (b, heads, front + seq_len, dim_head)
-    values: list            # likewise
-    written: Tensor         # (b, memory layers, seq_len, dim) what the memory will be given
-    length: Tensor          # (b,) tokens read, on the host
-    fill: Tensor            # (b,) tokens in the short-term memory, on the host
-
-# %% ../nbs/22_memory_transformer_xl.ipynb #d76dfd3c
-class _InPieces:
-    "Reading an open segment with the keys and values of what was read before."
-    @torch.no_grad()
-    def open_segment(self, memory: LongShortMemory):
-        b, layers, m, _ = memory.short.shape
-        fill, rooms = memory.fill.cpu(), []
-        used = int(fill.max())
-        for number, layer in enumerate(self.layers, 1):
-            empty = 0 if self.slot(number) is None else m - used
-            rooms.append([F.pad(torch.cat(t, 2), (0, 0, empty, self.seq_len))
-                          for t in zip(*self.front(memory, number, used))])
-        return LongShortSegment(memory, *map(list, zip(*rooms)),
-                                memory.short.new_zeros(b, layers, self.seq_len, self.dim),
-                                torch.zeros(b, dtype=torch.long), fill)
-
-    @torch.no_grad()
-    def extend_segment(self, segment, tokens: Tensor, mask: Tensor | None = None):
-        x, used = self.embed(tokens), int(segment.fill.max())
-        place = Place(tokens.shape[1], segment.length, mask, self.seq_len)
-        keys, alone = (self.places(segment.memory, place, k) for k in (used, None))
-        for number, layer in enumerate(self.layers, 1):
-            slot, before = self.slot(number), x
-            front = self.num_mem_kv if slot is None else used + keys.bare
-            rooms = (r[number - 1][:, :, -front - self.seq_len:]
-                     for r in (segment.keys, segment.values))
-            context = place.context(*rooms, front)
-            bias = partial(self.positions, keys=alone if slot is None else keys)
-            x, _, _ = layer(x, context, bias)
-            if slot is not None: place.store(segment.written[:, slot], before)
-        return self.to_logits(self.norm(x)), replace(segment, length=place.after)
-
-    @torch.no_grad()
-    def close_segment(self, segment):
-        longest = int(segment.length.max())
-        if not longest: return segment.memory
-        mask = torch.arange(longest)[None] < segment.length[:, None]
-        mask = None if bool(mask.all()) else mask.to(segment.written.device)
-        return self.write(segment.memory, segment.written[:, :, :longest], mask)
+    "An open segment: what has been read of it, and what the memory will be given."
+    memory: LongShortMemory # before the segment
+    cursor: Cursor
+    caches: list            # of each layer
+    written: Buffer         # (b, memory layers, columns, dim) states for the memory
 
 # %% ../nbs/22_memory_transformer_xl.ipynb #09ec123a
-class MemoryTransformerXL(_InPieces, MemoryLM):
+class MemoryTransformerXL(MemoryLM):
     "A Transformer-XL with long-term slots that a network writes and gradients train."
     train_segments = 2  # what a segment writes can only be trained by the segment after it
 
@@ -171,20 +130,20 @@ class MemoryTransformerXL(_InPieces, MemoryLM):
         emb_dim: int | None = None,     # width of the embedding; None: dim
         memory_layers: Iterable[int] | None = None, # which read the memory, from 1; None: all
         mem_len: int | None = None,     # tokens of short-term memory; None: seq_len
-        mem_write_iters: int = 2,       # times that the writer reads and rewrites
         lmem_len: int | None = None,    # long-term slots; None: mem_len
-        num_mem_kv: int = 0,            # learned keys and values of each layer
         heads: int = 8,
         gru_gated_residual: bool = True,# a gate in the place of each residual sum?
         mogrify_gru: bool = False,      # let the inputs of a gate scale each other first?
         attn_dropout: float = 0.0,      # on attention weights
         ff_glu: bool = False,           # gated feed-forward?
         ff_dropout: float = 0.0,        # inside the feed-forward
-        attn_layer_dropout: float = 0.0,# on what the attention says
+        attn_layer_dropout: float = 0.0,# on what attention adds
         one_kv_head: bool = False,      # do all heads share keys and values?
+        num_mem_kv: int = 0,            # learned keys and values of each layer
+        mem_write_iters: int = 2,       # times that the writer reads and rewrites
         detach_lmem: bool = False,      # never let a gradient through the long-term slots?
         gate: str = "nbrc",             # the gates, of the writer too: "gru", "brc" or "nbrc"
-        gate_bias: float = 0.0,         # above 0 the gates begin close to keeping what they have
+        gate_bias: float = 0.0,         # above 0 the gates start close to the identity
         mem_heads: int | None = None,   # heads of the writer; None: heads
         mem_attention: str = "linear",  # of the writer: "linear" or "full"
         emb_dropout: float = 0.0,       # on the embeddings
@@ -192,13 +151,18 @@ class MemoryTransformerXL(_InPieces, MemoryLM):
     ):
         super().__init__(num_tokens, dim, seq_len, emb_dim, tie_embeddings, emb_dropout)
         self.mem_len = seq_len if mem_len is None else mem_len
-        self.memory_layers = check_memory_layers(memory_layers, depth)
-        mem_heads = mem_heads or heads
         lmem_len = self.mem_len if lmem_len is None else lmem_len
+        mem_heads = heads if mem_heads is None else mem_heads
+        check_sizes(1, depth=depth)
+        check_sizes(0, mem_len=self.mem_len, lmem_len=lmem_len, num_mem_kv=num_mem_kv)
+        check_dropout(attn_dropout=attn_dropout, attn_layer_dropout=attn_layer_dropout,
+                      ff_dropout=ff_dropout)
+        check_numbers(gate_bias=gate_bias)
+        width = check_heads(dim, heads, None)
+        _check_writer(dim, mem_heads, mem_write_iters, mem_attention, gate)
+        self.memory_layers = check_layers("memory_layers", memory_layers, depth)
         self.lmem_len = lmem_len if self.memory_layers else 0
         self.num_mem_kv, self.detach_lmem = num_mem_kv, detach_lmem
-        width, _ = check_heads(dim, heads, None), check_heads(dim, mem_heads, None)
-        _check_options(self, depth, mem_write_iters, mem_attention)
         self.positions = LearnedPositions(self.mem_len + seq_len, heads, width)
         self.layers = nn.ModuleList(
             GatedLayer(dim, heads, 1 if one_kv_head else None, num_mem_kv,
@@ -212,6 +176,7 @@ class MemoryTransformerXL(_InPieces, MemoryLM):
         self.apply(init_weights)
 
     def init_memory(self, batch_size: int, *, device=None, dtype=None):
+        check_sizes(1, batch_size=batch_size)
         weight, layers = self.embedding.weight, len(self.memory_layers)
         short, long = (torch.zeros(batch_size, *shape, self.dim, dtype=dtype or weight.dtype,
                                    device=device or weight.device)
@@ -219,88 +184,103 @@ class MemoryTransformerXL(_InPieces, MemoryLM):
         count = torch.zeros(batch_size, dtype=torch.long, device=short.device)
         return LongShortMemory(short, long, count, count.clone())
 
-    def slot(self, number: int) -> int | None:
-        "Which of the memory layers layer `number` is."
-        return self.memory_layers.index(number) if number in self.memory_layers else None
-
     def long_term(self, memory: LongShortMemory) -> Tensor:
-        "The slots that are read: (b, l, dim), the learned ones where nothing was written yet."
+        "The slots that are read, (b, l, dim): the learned ones where nothing was written yet."
         if self.writer is None: return memory.long
         written = (memory.long_fill > 0)[:, None, None]
         return torch.where(written, memory.long, self.writer.initial.to(memory.long.dtype))
 
-    def front(self, memory: LongShortMemory, number: int, m: int) -> list[tuple]:
-        """Keys and values in front of a segment in a layer: of the newest `m` states and the
-        long-term slots, and the learned ones."""
-        slot, layer = self.slot(number), self.layers[number - 1]
-        states = memory.long[:, :0] if slot is None else torch.cat(
-            [memory.short[:, slot, memory.short.shape[2] - m:], self.long_term(memory)], 1)
-        fronts = layer.keys_values(states), layer.lead(len(states))
-        return [f for f in fronts if f is not None]
-
-    def places(self, memory: LongShortMemory, place: Place, m: int | None = None) -> KeyPlaces:
-        "The places of the keys of a layer that reads `m` states, or, None, the segment alone (2)."
-        device, bare = memory.short.device, self.num_mem_kv
-        if m is not None: bare += self.lmem_len
-        m = m or 0
-        there = filled(memory.fill, memory.short.shape[2])[:, memory.short.shape[2] - m:]
-        hidden = place.hidden(F.pad(there, (0, bare if m else 0), value=True))
-        places = KeyPlaces(place.longest, (place.longest, 1, m), bare, hidden=hidden)
-        if place.first is not None: return places
-        return places._replace(
-            distance=distances(place.n, m + place.longest, place.before + m, device))
-
-    def read(self, tokens: Tensor, memory: LongShortMemory, mask: Tensor | None) -> Step:
+    def begin(self, memory: LongShortMemory, capacity: int | None = None) -> LongShortSegment:
+        b, layers, total, _ = memory.short.shape
         if memory.long.shape[1] != self.lmem_len:
             raise ValueError(f"memory must have {self.lmem_len} long-term slots; it has "
                              f"{memory.long.shape[1]}: it is the memory of another model")
-        x, place = self.embed(tokens), Place(tokens.shape[1])
-        m = used_slots(memory.fill, memory.short.shape[2])
-        keys, alone = (self.places(memory, place, k) for k in (m, None))
-        written = []
-        for number, layer in enumerate(self.layers, 1):
-            slot, before = self.slot(number), x
-            bias = partial(self.positions, keys=alone if slot is None else keys)
-            x, _, _ = layer(x, behind(*self.front(memory, number, m)), bias)
-            if slot is not None: written.append(before)
-        logits = self.to_logits(self.norm(x))
-        if written: memory = self.write(memory, torch.stack(written, 1), mask)
-        return Step(logits, memory, self.no_aux_loss())
+        m, long = used_slots(memory.fill, total), self.long_term(memory)
+        queues = dict(zip(self.memory_layers, memory.short[:, :, total - m:].unbind(1)))
+        caches = [layer.open(torch.cat([queues[i], long], 1) if i in queues else long[:, :0])
+                  for i, layer in enumerate(self.layers, 1)]                               # (1)
+        written = Buffer(memory.short.new_empty(b, layers, 0, self.dim), 0)
+        return LongShortSegment(memory, Cursor.start(b, capacity or self.seq_len), caches, written)
 
-    def look(self, tokens: Tensor, memory: LongShortMemory) -> list[LayerAttention]:
-        called = calls(self.layers, lambda: self.read(tokens, memory, None))
-        def one(number, weights):
-            bare = ["long_term"] * (0 if self.slot(number) is None else self.lmem_len) + \
-                [""] * self.num_mem_kv
-            # What has no place in time stands behind the queue (1): here it comes first.
-            queue = weights.shape[-1] - len(bare) - tokens.shape[1]
-            in_time, timeless, segment = weights.split([queue, len(bare), tokens.shape[1]], -1)
-            return in_line(number, torch.cat([timeless, in_time, segment], -1), "xl", bare)
-        return [one(number, weights) for number, (_, (_, _, weights)) in enumerate(called, 1)]
+    def extend(self, segment: LongShortSegment, tokens: Tensor, mask: Tensor | None = None):
+        x, caches, states = self.embed(tokens), [], []
+        span, cursor = segment.cursor.advance(tokens.shape[1], mask)
+        front = max(cache.front for cache in segment.caches)
+        own = self._keys(segment, span, 0, 0)
+        both = self._keys(segment, span, front - self.lmem_len - self.num_mem_kv, self.lmem_len) \
+            if self.memory_layers else own
+        for i, (layer, cache) in enumerate(zip(self.layers, segment.caches), 1):
+            remembers = i in self.memory_layers
+            if remembers: states.append(x)
+            x, cache, _ = layer(x, cache, span, both if remembers else own, self.positions)  # (2)
+            caches.append(cache)
+        written = segment.written.append(torch.stack(states, 1), span) if states \
+            else segment.written
+        return self.to_logits(self.norm(x)), replace(segment, cursor=cursor, caches=caches,
+                                                     written=written)
 
-    def write(self, memory: LongShortMemory, new: Tensor, mask: Tensor | None) -> LongShortMemory:
-        "The memory after `new` states (b, memory layers, n, dim), `mask` (b, n) of them real."
-        short, fill = push(memory.short, memory.fill, new, mask)
-        if self.writer is None: return replace(memory, short=short, fill=fill)
+    def _keys(self, segment, span, m: int, long: int) -> Keys:
+        "What a layer reads: `m` states of the queue, `long` slots, learned keys, the segment."
+        fill, timeless = segment.memory.fill, long + self.num_mem_kv
+        valid = valid_slots(fill, m) if m else None
+        if valid is not None: valid = F.pad(valid, (0, timeless), value=True)
+        front = 0 if valid is None else valid.shape[1]
+        hidden = keys_of(span, front, valid, device=fill.device).hidden
+        distance = None if span.start is not None else \
+            distances(span.n, m + span.end, span.length + m, fill.device)
+        kinds = (("xl", m, 1), ("long_term", long, 0), ("", self.num_mem_kv, 0),
+                 ("segment", span.end, 1))
+        return Keys(span.n, span.end, (span.end, 1, m), timeless, distance=distance, hidden=hidden,
+                    kinds=kinds)
+
+    def finish(
+        self,
+        segment: LongShortSegment,
+        truncate: bool = False, # let a gradient reach the weights that write, but nothing before?
+    ):
+        memory, cursor = segment.memory, segment.cursor
+        if not (cursor.columns and self.memory_layers): return memory, self.no_aux_loss()
+        new, valid = segment.written.read(cursor.columns), cursor.valid(memory.short.device)
+        if truncate: memory, new = carry(memory), new.detach()
+        short, fill = push(memory.short, memory.fill, new, valid)                          # (3)
+        if self.writer is None: return replace(memory, short=short, fill=fill), self.no_aux_loss()
+        long, long_fill = self._write(memory, new.to(short.dtype), valid, truncate)
+        return LongShortMemory(short, long, fill, long_fill), self.no_aux_loss()
+
+    def _write(self, memory, new, valid, truncate):
+        "The long-term slots after a segment, and their fill (4)-(6)."
         m = used_slots(memory.fill, memory.short.shape[2])
-        states = torch.cat([memory.short[:, :, memory.short.shape[2] - m:], new.to(short.dtype)], 2)
-        there = filled(memory.fill, m)
-        real = torch.ones_like(new[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
-        whole = mask is None and same_in_all(there.all(1)) == 1
-        there = None if whole else torch.cat([there, real], 1)
-        before = self.long_term(memory)
-        long = self.writer(before, states, there).to(short.dtype)
-        some = real.any(1)
-        if mask is not None: long = torch.where(some[:, None, None], long, memory.long)
+        states = torch.cat([memory.short[:, :, memory.short.shape[2] - m:], new], 2)
+        queue, real = valid_slots(memory.fill, m), valid
+        if queue is not None or valid is not None:
+            ones = new.new_ones(len(new), m + new.shape[2], dtype=torch.bool)
+            queue, real = (o if t is None else t
+                           for t, o in zip((queue, valid), ones.tensor_split([m], 1)))
+            real = torch.cat([queue, real], 1)
+        inputs = self.long_term(memory), states, real
+        # A loop may change the weights before the next loss comes back here: what its gradient
+        # needs is computed then.
+        long = checkpoint(self.writer, *inputs, use_reentrant=False, preserve_rng_state=False) \
+            if truncate else self.writer(*inputs)
         if self.detach_lmem: long = long.detach()
-        long_fill = torch.where(some, self.lmem_len, memory.long_fill)
-        return LongShortMemory(short, long, fill, long_fill)
+        long, full = long.to(memory.long.dtype), torch.full_like(memory.long_fill, self.lmem_len)
+        if valid is None: return long, full
+        wrote = valid.any(1)   # a row that pauses keeps its slots
+        return (torch.where(wrote[:, None, None], long, memory.long),
+                torch.where(wrote, full, memory.long_fill))
 
-    def forward(self, x: Tensor, memories: LongShortMemory | None = None,
-                mask: Tensor | None = None):
-        """Logits (b, n, num_tokens) and the memory for the next segment, already carried.
+    def forward(
+        self,
+        x: Tensor,
+        memories: LongShortMemory | None = None,
+        mask: Tensor | None = None,
+        detach_lmem: bool | None = None, # cut the graph of the slots? None: as the model was built
+    ):
+        """Logits (b, n, num_tokens) and the memory for the next segment.
 
-        To train the writer, `step` and `carry(grad=True)`: here the graph is cut.
+        The memory is cut, but for the weights that have just written the slots: the loss of the
+        next segment trains them, also if `backward` and an optimizer's step come in between.
         """
-        out = self.step(x, memories, mask)
-        return out.logits, carry(out.memory)
+        detach = self.detach_lmem if detach_lmem is None else detach_lmem
+        out = self._step(x, memories, mask, partial(self.finish, truncate=not detach))
+        return out.logits, carry(out.memory, grad=not detach)

@@ -173,21 +173,26 @@ class MemoryLM(nn.Module, _Files, ABC):
         mask: Tensor | None = None, # (b, n) bool, True where a token is real, in any pattern
     ) -> Step:
         "Read one segment. Pure: `memory` is left as it is, the writes to it are pending."
+        return self._step(tokens, memory, mask, self.finish)
+
+    def _step(self, tokens, memory, mask, finish) -> Step:
+        "`step`, with a `finish` of choice."
         check_step(self, tokens, memory, mask)
         tokens = as_ids(tokens)
         if memory is None: memory = self.init_memory(len(tokens))
         if mask is not None and mask.device.type == "cpu" and mask.all(): mask = None
-        if mask is None: return self._step(tokens, memory, None)
+        if mask is None: return self._segment(tokens, memory, None, finish)
         order = padding_last(mask)
         tokens = tokens.masked_fill(~mask, 0).gather(1, order)
-        out = self._step(tokens, memory, mask.gather(1, order))
+        out = self._segment(tokens, memory, mask.gather(1, order), finish)
         back = order.argsort(1)[..., None].expand_as(out.logits)
         return out._replace(logits=out.logits.gather(1, back))
 
-    def _step(self, tokens, memory, mask):
+    def _segment(self, tokens, memory, mask, finish) -> Step:
+        "A segment whose padding comes last."
         if hasattr(self, "read"): return self.read(tokens, memory, mask)
         logits, segment = self.extend(self.begin(memory, tokens.shape[1]), tokens, mask)
-        return Step(logits, *self.finish(segment))
+        return Step(logits, *finish(segment))
 
     @torch.no_grad()
     def attention_weights(self, tokens: Tensor, memory=None) -> list[LayerAttention]:

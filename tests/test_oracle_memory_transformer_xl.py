@@ -66,9 +66,9 @@ def join(residual, kind, new, state):
 
 def attend(model, layer, states, short, long):
     """What each token of the segment reads."""
-    dim, h, g = model.dim, layer.heads, layer.kv_heads
-    d = dim // h
-    wq, wk, wv = layer.to_qkv.weight.split([dim, g * d, g * d])
+    h, g = layer.heads, layer.kv_heads
+    d = model.dim // h
+    wq, (wk, wv) = layer.to_q.weight, layer.to_kv.weight.split(g * d)
     table = model.positions.vectors
     placed = [norm(layer.norm_attention, x) for x in short + states]
     slots = [norm(layer.norm_attention, x) for x in long]

@@ -1,9 +1,14 @@
 """The Memory Transformer-XL as its users call it, and what the original package gets wrong."""
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from memformers import MemoryTransformerXL, Reader, carry, generate
+from memformers import MemoryTransformerXL, Reader, carry, generate, load_memory, save_memory
 from memformers.memory_transformer_xl import MemoryWriter, full_attention, linear_attention
 
 close = torch.testing.assert_close
@@ -17,6 +22,16 @@ def small(**options):
 
 def text(rows=2, length=8, seed=1):
     return torch.randint(32, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def graph_size(logits):
+    nodes, seen = [logits.sum().grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen: continue
+        seen.add(node)
+        nodes += [n for n, _ in node.next_functions]
+    return len(seen)
 
 
 # calls
@@ -34,18 +49,137 @@ def test_the_documented_call():
     assert short.shape == (1, 3, 256, 1024) and long.shape == (1, 256, 1024)
 
 
-def test_the_documented_loop_trains():
-    """`backward` after each segment: nothing is walked twice."""
-    model = small(emb_dim=8, mogrify_gru=True, ff_glu=True, num_mem_kv=3, one_kv_head=True,
-                  attn_dropout=0.1, ff_dropout=0.1, attn_layer_dropout=0.1)
-    optimizer, memories = torch.optim.Adam(model.parameters(), 1e-3), None
-    for s in range(5):
+def documented_loop(model, steps=5, optimizer=None):
+    """`backward` after each segment, and the optimizer's step if there is one: what comes of it."""
+    memories = None
+    for s in range(steps):
         x = text(2, 9, seed=s)
         logits, memories = model(x[:, :-1], memories=memories)
-        F.cross_entropy(logits.transpose(1, 2), x[:, 1:]).backward()
+        loss = F.cross_entropy(logits.transpose(1, 2), x[:, 1:])
+        loss.backward()
+        yield logits, memories
+        if optimizer is None: continue
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("step", [True, False], ids=["step after each segment", "one step at the end"])
+def test_every_weight_trains_in_the_documented_loop(step):
+    model = small(emb_dim=8, mogrify_gru=True, ff_glu=True, num_mem_kv=3, one_kv_head=True,
+                  attn_dropout=0.1, ff_dropout=0.1, attn_layer_dropout=0.1)
+    optimizer, learns = torch.optim.Adam(model.parameters(), 1e-3), set()
+    for _, memories in documented_loop(model, optimizer=optimizer if step else None):
+        learns |= {k for k, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learns == {k for k, _ in model.named_parameters()}
     assert memories.fill.tolist() == [8, 8] and memories.long_fill.tolist() == [4, 4]
+
+
+def test_the_documented_loop_trains_what_the_last_segment_wrote():
+    """By finite differences: the loss of a segment, and the weights that wrote the slots before it."""
+    model = small().double()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.3)
+    weight, (_, first) = model.writer.to_kv.weight, model(text(seed=0))
+    first = carry(first)
+
+    def loss(memories):
+        return model(text(seed=2), memories=model(text(seed=1), memories=memories)[1])[0].square().mean()
+
+    slope, = torch.autograd.grad(loss(first), [weight])
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[3, 5] += sign * 1e-6
+            ends.append(loss(first))
+            weight[3, 5] -= sign * 1e-6
+    assert abs(slope[3, 5]) > 1e-6
+    close(slope[3, 5], (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-9)
+    # Whatever wrote the slots before that is a constant, and so are the states of the segment.
+    params = [model.embedding.weight, *model.layers.parameters(), *model.writer.parameters()]
+    older, constant = (torch.autograd.grad(loss(m), params, allow_unused=True)
+                       for m in (model(text(seed=0))[1], first))
+    for a, b in zip(older, constant): assert a is b is None or torch.equal(a, b)
+
+
+def test_a_row_that_pauses_holds_on_to_no_graph():
+    model, mask, sizes = small(), torch.tensor([[True] * 8, [False] * 8]), []
+    memories = model(text())[1]
+    for s in range(4):
+        logits, memories = model(text(seed=s), memories=memories, mask=mask)
+        sizes.append(graph_size(logits))
+    assert len(set(sizes[1:])) == 1
+
+
+def test_the_documented_loop_does_not_grow():
+    model, sizes, states = small(), [], []
+    for logits, memories in documented_loop(model, steps=20):
+        sizes.append(graph_size(logits))
+        states.append(weakref.ref(memories.long))
+    del logits
+    gc.collect()
+    assert len(set(sizes[1:])) == 1 and sum(state() is not None for state in states) <= 1
+
+
+def test_the_documented_call_equals_a_step():
+    model, memory, memories = small(), None, None
+    for s in range(3):
+        out = model.step(text(seed=s), memory)
+        logits, memories = model(text(seed=s), memories=memories)
+        memory = carry(out.memory)
+        assert torch.equal(logits, out.logits) and torch.equal(memories.long, memory.long)
+        assert memories.long.requires_grad and not memories.short.requires_grad
+
+
+def test_detach_lmem_is_an_option_of_the_model_and_of_the_call():
+    learns = lambda model, **call: model(text(), **call)[1].long.requires_grad
+    assert learns(small()) and not learns(small(), detach_lmem=True)
+    assert not learns(small(detach_lmem=True)) and learns(small(), detach_lmem=False)
+    with torch.no_grad(): assert not learns(small())
+
+
+def test_memories_of_the_documented_call_go_where_a_memory_goes(tmp_path):
+    model = small()
+    memories = model(text())[1]
+    save_memory(memories, tmp_path / "memory.safetensors")
+    again = load_memory(tmp_path / "memory.safetensors", like=model.init_memory(2))
+    assert torch.equal(again.long, memories.long)
+    assert generate(model, text(), 9, memory=memories).shape == (2, 9)
+
+
+def test_an_adapter_of_the_keys_is_used_for_memory_and_segment():
+    """The layers and the writer call their projections; none reads the weight past the module."""
+    model, memory = small().double(), None
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.3)
+    plain = copy.deepcopy(model)
+    for part in (*model.layers, model.writer):
+        part.to_kv = torch.nn.Sequential(part.to_kv, torch.nn.Linear(part.to_kv.out_features,
+                                                                     part.to_kv.out_features).double())
+        adapter = part.to_kv[1]
+        torch.nn.init.eye_(adapter.weight)
+        torch.nn.init.zeros_(adapter.bias)
+        adapter.weight.data *= 1.5
+    for part in (*plain.layers, plain.writer): part.to_kv.weight.data *= 1.5
+    other = None
+    for s in range(3):
+        (a, memory), (b, other) = model(text(seed=s), memory), plain(text(seed=s), other)
+        close(a, b)
+        close(memory.long, other.long)
+
+
+def test_a_checkpoint_of_version_0_1_loads(tmp_path):
+    """It had one matrix for queries, keys and values."""
+    model = small(one_kv_head=True, num_mem_kv=2)
+    model.save_pretrained(tmp_path)
+    old = load_file(tmp_path / "model.safetensors")
+    for i in range(2):
+        parts = [old.pop(f"layers.{i}.{name}.weight") for name in ("to_q", "to_kv")]
+        old[f"layers.{i}.to_qkv.weight"] = torch.cat(parts)
+    save_file(old, tmp_path / "model.safetensors")
+    again = MemoryTransformerXL.from_pretrained(tmp_path)
+    assert torch.equal(again(text())[0], model.eval()(text())[0])
+    old["layers.0.to_qkv.weight"] = old["layers.0.to_qkv.weight"][:-1].clone()
+    save_file(old, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not fit a MemoryTransformerXL"):
+        MemoryTransformerXL.from_pretrained(tmp_path)
 
 
 def test_defaults():
@@ -140,12 +274,12 @@ def test_a_distance_has_one_vector_whatever_the_width_and_the_slots(dim):
     positions.forward = watch
     for s in range(3): memory = carry(model.step(text(seed=s), memory).memory)
     for i, bias in enumerate(seen):
-        slots, m = 7, 0 if i < 2 else 8      # bare slots; filled memory in the first segment: none
+        timeless, m = 7, 0 if i < 2 else 8   # nothing is in the queue in the first segment
         want = torch.arange(8)[:, None] - torch.arange(-m, 8)
-        states, bare, own = bias.split([m, slots, 8], -1)
+        states, slots, own = bias.split([m, timeless, 8], -1)
         own = torch.cat([states, own], -1)[0, 0] * d ** .5 / d
         close(own, want.float().masked_fill(want < 0, -torch.inf))
-        assert not bare.any()
+        assert not slots.any()
 
 
 def test_only_the_kept_graph_trains_the_writer():
@@ -181,23 +315,13 @@ def test_detach_lmem_cuts_the_slots_and_only_them():
     assert not memory.long.requires_grad and memory.short.requires_grad
 
 
-def graph_size(out):
-    nodes, seen = [out.logits.sum().grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen: continue
-        seen.add(node)
-        nodes += [n for n, _ in node.next_functions]
-    return len(seen)
-
-
 def test_truncation_keeps_the_graph_bounded():
     model, sizes = small(), {1: [], 2: []}
     for every, counts in sizes.items():
         memory = None
         for s in range(10):
             out = model.step(text(seed=s), memory)
-            counts.append(graph_size(out))
+            counts.append(graph_size(out.logits))
             memory = carry(out.memory, grad=(s + 1) % every != 0)
     assert len(set(sizes[1][2:])) == 1 and max(sizes[2][4:]) == max(sizes[2][2:4])
 
@@ -232,7 +356,7 @@ def test_a_pausing_row_is_not_written():
 
 @pytest.mark.parametrize("options, words", [
     (dict(memory_layers=[3]), "memory_layers"), (dict(gate="lstm"), "gate"),
-    (dict(heads=3), "multiple of heads = 3"), (dict(mem_heads=3), "multiple of heads = 3"),
+    (dict(heads=3), "multiple of heads = 3"), (dict(mem_heads=3), "multiple of mem_heads = 3"),
     (dict(lmem_len=-1), "lmem_len"), (dict(num_mem_kv=-1), "num_mem_kv"), (dict(depth=0), "depth"),
     (dict(mem_write_iters=0), "mem_write_iters"), (dict(mem_attention="none"), "mem_attention")],
     ids=lambda x: str(x)[:40])
