@@ -50,7 +50,8 @@ class Parrot(MemoryLM):
         there = filled(memory.fill, self.slots)[:, -1:]
         return known.where(there, torch.tensor(1 / self.num_tokens, dtype=torch.float64))
 
-    def read(self, tokens, memory, mask):
+    def step(self, tokens, memory=None, mask=None):
+        if memory is None: memory = self.init_memory(len(tokens))
         logits = self.probabilities(memory).log()[:, None].expand(*tokens.shape, -1)
         mem, fill = push(memory.mem, memory.fill, tokens[..., None], mask)
         return Step(logits, Said(mem, fill), self.no_aux_loss())
@@ -75,8 +76,8 @@ class SpendingParrot(Parrot):
         mem, fill = super().init_memory(batch_size, device=device)
         return Pending(mem, fill, mem[:, :0], mem[:, :0, 0].bool())
 
-    def read(self, tokens, memory, mask):
-        out = super().read(tokens, Said(memory.mem, memory.fill), mask)
+    def step(self, tokens, memory=None, mask=None):
+        out = super().step(tokens, Said(memory.mem, memory.fill), mask)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         new = tokens[..., None].double()
         return out._replace(memory=Pending(memory.mem, memory.fill, new, mask))

@@ -20,7 +20,7 @@ class Knows(Parrot):
     """Says the first token of the text, always; without a memory, that of the segment."""
     slots = 1
 
-    def read(self, tokens, memory, mask):
+    def step(self, tokens, memory=None, mask=None):
         first = torch.where(memory.fill > 0, memory.mem[:, 0, 0].long(), tokens[:, 0])
         logits = torch.eye(self.num_tokens)[first][:, None].expand(*tokens.shape, -1)
         memory = Said(first[:, None, None].double(), torch.ones_like(memory.fill))
@@ -29,8 +29,8 @@ class Knows(Parrot):
 
 class Guesses(Parrot):
     """Says "a", always."""
-    def read(self, tokens, memory, mask):
-        out = super().read(tokens, memory, mask)
+    def step(self, tokens, memory=None, mask=None):
+        out = super().step(tokens, memory, mask)
         return out._replace(logits=torch.eye(128)[97].expand(*tokens.shape, -1))
 
 
@@ -90,9 +90,9 @@ def test_cost():
 def test_cost_counts_from_the_context_asked_for():
     lengths = []
     class Counts(SpendingParrot):
-        def read(self, tokens, memory, mask):
+        def step(self, tokens, memory=None, mask=None):
             lengths.append((int(memory.fill[0]), tokens.shape[1]))
-            return super().read(tokens, memory, mask)
+            return super().step(tokens, memory, mask)
     Counts.slots = 100
     cost(Counts(), [3, 9], repeats=2)
     assert lengths == [(0, 3)] + [(3, 4)] * 3 + [(3, 4), (7, 2)] + [(9, 4)] * 3
@@ -109,9 +109,9 @@ def test_cost_leaves_the_model_alone():
 def test_cost_of_reading_everything_again():
     lengths = []
     class Counts(Parrot):
-        def read(self, tokens, memory, mask):
+        def step(self, tokens, memory=None, mask=None):
             lengths.append((int(memory.fill[0]), tokens.shape[1]))
-            return super().read(tokens, memory, mask)
+            return super().step(tokens, memory, mask)
     found = cost(Counts(seq_len=20), [0, 3, 16], repeats=1, seq_len=4, reread=True)
     assert lengths == [(0, 4)] * 2 + [(0, 7)] * 2 + [(0, 20)] * 2
     assert found.tokens == 4 and found.memory_bytes.tolist() == [0, 0, 0]

@@ -798,8 +798,8 @@ def test_importing_takes_no_accelerate_with_it():
 
 class Late(TransformerXL):
     """A weight without a gradient until a row remembers something: not at once in all processes."""
-    def read(self, tokens, memory, mask):
-        out = super().read(tokens, memory, mask)
+    def step(self, tokens, memory=None, mask=None):
+        out = super().step(tokens, memory, mask)
         seen = memory.fill > 6  # more than one segment
         if not seen.any(): return out
         return out._replace(logits=out.logits + self.late * seen[:, None, None])
