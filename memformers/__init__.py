@@ -6,7 +6,7 @@ from .data import ByteTokenizer, load_corpus
 from .feedback import FeedbackTransformer
 from .files import load_memory, save_memory
 from .knn_memory import KNNMemory, KNNMemoryList
-from .memorizing import MemorizingTransformer
+from .memorizing import KNNAttention, MemorizingTransformer
 from .memory import carry, cast, clone, nbytes, reset, select
 from .memory_transformer_xl import MemoryTransformerXL
 from .generate import Reader, generate, stream

@@ -172,7 +172,7 @@ class T5Positions(nn.Module):
         known, n, near = table.shape[-1], keys.n, keys.near
         if keys.distance is not None:
             bias = table[:, (known - 1 - keys.distance).clamp(0, known - 1)].transpose(0, 1)
-        elif n == 1: bias = table[None, :, None, known - near:]
+        elif n == 1: bias = table[None, :, None, known - near:].clone()  # `attend` may write to it
         # Row i is the same sequence, read from n - 1 - i on.
         else: bias = F.pad(table[:, known - near:], (0, n - 1)).unfold(-1, near, 1).flip(1)[None]
         if keys.timeless: bias = F.pad(bias, (keys.timeless, 0))

@@ -206,3 +206,13 @@ def test_weights_that_do_not_fit_are_named(change, message, tmp_path):
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message): TransformerXL.from_pretrained(tmp_path)
+
+
+def test_attention_leaves_the_table_of_positions_alone():
+    """A single query reads a part of it, which `attend` may overwrite."""
+    torch.manual_seed(0)
+    positions, (q, k, v) = T5Positions(2), torch.randn(3, 1, 2, 4, 3)
+    table = positions.project(positions.encode(4))
+    before = table.detach().clone()
+    attend(q[:, :, :1], k, v, positions(q[:, :, :1], Keys(1, 4), table))
+    assert torch.equal(table, before)

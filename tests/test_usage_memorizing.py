@@ -4,10 +4,10 @@ import os
 import pytest
 import torch
 
-from memformers import (KNNMemory, MemorizingTransformer, carry, clone, generate, load_memory,
-                        nbytes, reset, save_memory, select)
+from memformers import (KNNAttention, KNNMemory, MemorizingTransformer, carry, clone, generate,
+                        load_memory, nbytes, reset, save_memory, select)
 from memformers.knn import KNNStore
-from memformers.memorizing import KNNAttention, to_memory
+from memformers.memorizing import to_memory
 
 
 def small(**options):
@@ -122,9 +122,9 @@ def test_keys_and_values_per_head_in_a_layer_for_another_model():
     first = layer(x, stores)
     assert [store.fill.tolist() for store in stores] == [[7, 7]] * 2
     assert not torch.allclose(layer(x, stores, add_knn_memory=False), first)
-    for options in (dict(kv_heads=3), dict(kv_heads=0)):
-        with pytest.raises(ValueError, match="kv_heads must be a divisor of the 4 heads"):
-            KNNAttention(16, heads=4, **options)
+    for heads, message in ((3, "a divisor of the 4 heads"), (0, "1 or more")):
+        with pytest.raises(ValueError, match=f"kv_heads must be {message}"):
+            KNNAttention(16, heads=4, kv_heads=heads)
     with pytest.raises(ValueError, match="kv_heads"): small(kv_heads=2, knn_attn_heads=3)
 
 
@@ -311,6 +311,97 @@ def test_all_labels_padded_is_no_nan():
     torch.testing.assert_close(model(text(), labels=labels), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_labels_is_summed_in_float32(dtype):
+    model = small(seq_len=64).to(dtype)
+    model.head.weight.data *= 8000   # a sum beyond the range of float16
+    x, labels = text(n=64), text(n=64, seed=1, low=1)
+    loss = model(x, labels=labels)
+    want = torch.nn.functional.cross_entropy(model(x).double().mT, labels)
+    assert want * labels.numel() > 65504
+    torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=0)
+
+
+def test_padding_has_no_label():
+    model, labels = small(), text(seed=1, low=1)
+    mask = torch.arange(8) < torch.tensor([[5], [8]])
+    want = model(text(), mask=mask).log_softmax(-1).gather(-1, labels[..., None])[mask].mean()
+    torch.testing.assert_close(model(text(), labels=labels, mask=mask), -want)
+    with pytest.raises(ValueError, match=r"labels must be \(b, n\) = \(2, 8\)"):
+        model(text(), labels=labels[:, 1:])
+
+
+def test_logits_are_not_unpacked_as_rows():
+    """As the call of an older version: `logits, _ = model(data, knn_memories=…)`."""
+    model = small()
+    with pytest.raises(TypeError, match="logits alone.*logits = model"): logits, _ = model(text())
+    logits = model(text())
+    assert len(logits) == 2 and logits[0].shape == (8, 32) and len(logits.unbind()) == 2
+    logits.sum().backward()
+    logits, xl_memories = small(xl_max_memories=3)(text())
+    first, second = logits
+
+
+def test_a_directory_is_a_path_and_is_not_ignored(tmp_path):
+    model = small(knn_memories_directory=tmp_path / "stores")
+    with model.knn_memories_context(batch_size=2) as knn:
+        model(text(), knn_memories=knn)
+        assert len(list((tmp_path / "stores").iterdir())) == 1
+        with pytest.raises(TypeError, match="memory must be a MemorizingMemory"):
+            model.step(text(), knn)
+    model(text())
+    for call in (lambda: model.step(text()), lambda: generate(model, text(), 2)):
+        with pytest.raises(ValueError, match="knn_memories_directory.*stores.*= None"): call()
+    model.knn_memories_directory = None
+    model.step(text())
+
+
+def test_rows_with_a_token_are_cleared():
+    model, x = small(), text(3, low=2)
+    x[1, 4] = 1
+    with model.knn_memories_context(batch_size=3) as knn:
+        model(text(3), knn_memories=knn)
+        model.clear_memory(x, 0, knn)
+        assert knn[0].fill.tolist() == [8, 8, 8]
+        model.clear_memory(x, 1, knn)
+        assert knn[0].fill.tolist() == [8, 0, 8]
+
+
+def test_a_changed_projection_changes_memory_and_segment():
+    """An adapter in place of `to_kv`: a text in pieces is still the text at once."""
+    options = dict(depth=1, seq_len=16, xl_max_memories=16, knn_position_bias=False)
+    for layers in ([], [1]):
+        model = small(memorizing_layers=layers, num_retrieved_memories=None, **options)
+        model.layers[0].attention.to_kv.register_forward_hook(lambda m, x, out: out * 1.5 + 0.1)
+        memory, parts = None, []
+        for part in text(2, 16).split(4, 1):
+            out = model.step(part, memory)
+            memory = carry(out.memory)
+            parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), model.step(text(2, 16)).logits)
+
+
+def test_padding_after_an_end_is_finite():
+    model = small(clear_memories_on_eos_token_id=0)
+    x = text(low=1)
+    x[0, 3] = 0
+    assert model.step(x, mask=torch.arange(8).expand(2, 8) < 4).logits.isfinite().all()
+
+
+def test_a_checkpoint_has_the_names_of_version_0_1():
+    names = set(small(gate="network", output_gate=True).state_dict())
+    layer = {f"attention.{name}" for name in ("to_q.weight", "to_kv.weight", "to_out.weight")}
+    layer |= {f"{norm}.{p}" for norm in ("norm_attention", "norm_feed") for p in ("weight", "bias")}
+    layer |= {f"feed_forward.{x}.{p}" for x in ("expand", "contract") for p in ("weight", "bias")}
+    knn = {f"attention.{name}" for name in (
+        "log_scale", "gate_bias", "output_gate", "gate_network.0.weight", "gate_network.0.bias",
+        "gate_network.2.weight")}
+    assert names == {f"layers.{i}.{name}" for i in (0, 1) for name in layer} | {
+        f"layers.1.{name}" for name in knn} | {
+        "embedding.weight", "head.weight", "norm.weight", "norm.bias", "positions.bias.weight",
+        "knn_positions.bias.weight"}
+
+
 def test_the_store_is_never_read_as_zeros():
     """A store with fewer memories than are asked for: what is missing takes no part."""
     for gate in ("softmax", "sigmoid", "network"):
@@ -329,7 +420,7 @@ def test_a_spent_memory_says_so():
     out = model.step(text(seed=1), memory)
     after = carry(out.memory)
     for spent in (memory, out.memory):
-        with pytest.raises((ValueError, TypeError), match="spent.*clone|UncarriedMemory"):
+        with pytest.raises((ValueError, TypeError), match="spent.*clone|PendingMemory"):
             model.step(text(seed=2), spent)
     with pytest.raises(ValueError, match="spent.*clone"): carry(out.memory)
     with pytest.raises(ValueError, match="spent.*clone"): model.step(text(seed=2), memory)
@@ -415,9 +506,9 @@ def test_generation_reads_the_memory():
 @pytest.mark.parametrize("options, message", [
     (dict(depth=0), "depth must be 1"), (dict(heads=0), "heads"), (dict(dim_head=0), "dim_head"),
     (dict(max_knn_memories=0), "max_knn_memories must be 1"),
-    (dict(num_retrieved_memories=0), "num_retrieved_memories must be 1 or more, or None"),
+    (dict(num_retrieved_memories=0), "num_retrieved_memories must be 1 or more"),
     (dict(memorizing_layers=[3]), "memorizing_layers.*depth = 2"),
-    (dict(memorizing_layers=[0]), "from 1"), (dict(memorizing_layers=[1, 1]), "different"),
+    (dict(memorizing_layers=[0]), "memorizing_layers.*must be 1 or more"), (dict(memorizing_layers=[1, 1]), "different"),
     (dict(xl_max_memories=4, xl_memory_layers=[5]), "xl_memory_layers.*depth = 2"),
     (dict(xl_max_memories=-1), "xl_max_memories must be 0"), (dict(gate="tanh"), "softmax"),
     (dict(shift_knn_memories_down=-1), "shift_knn_memories_down must be 0"),
@@ -429,12 +520,12 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize("call, error, message", [
     (lambda m: m.step(text(n=9)), ValueError, "seq_len = 8"),
     (lambda m: m.step(text().float()), ValueError, "integer"),
-    (lambda m: m.step(text(), m.step(text()).memory), TypeError, "Memory.*UncarriedMemory"),
+    (lambda m: m.step(text(), m.step(text()).memory), TypeError, "Memory.*PendingMemory"),
     (lambda m: m.step(text(), m.init_memory(3)), ValueError, "each of the 2 rows"),
     (lambda m: m.step(text(), small(dim_head=4).init_memory(2)), ValueError, "another model"),
     (lambda m: m.step(text(), small(xl_max_memories=3).init_memory(2)), ValueError, "another"),
     (lambda m: m.step(text(), small(memorizing_layers=[1, 2]).init_memory(2)), ValueError,
-     "1 kNN layers"),
+     "another model"),
     (lambda m: m(text(), knn_memories=[]), ValueError, "1 memorizing.*create_knn_memories"),
     (lambda m: m(text(), knn_memories=m.create_knn_memories(batch_size=3)), ValueError,
      "2 rows of width 8, got 3"),
@@ -445,6 +536,8 @@ def test_bad_input(call, error, message):
 
 
 def test_what_a_memory_keeps_has_length_one():
-    kv = to_memory(torch.randn(3, 5, 2, 8))
+    k, v = torch.randn(2, 3, 5, 8)
+    kv = to_memory(k, v)
     torch.testing.assert_close(kv[..., 0, :].norm(dim=-1), torch.ones(3, 5))
-    assert to_memory(torch.zeros(1, 1, 2, 8)).isfinite().all()
+    assert torch.equal(kv[..., 1, :], v)
+    assert to_memory(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)).isfinite().all()
