@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['FeedbackMemory', 'window_offset', 'remembered', 'in_window', 'LearnedPositions', 'attend', 'FeedbackLayer', 'Front',
-           'Read', 'Block', 'FeedbackStack', 'append', 'open_block', 'keys_of', 'Report', 'solve_sequential',
-           'change_of', 'settled_after', 'solve_parallel', 'one_pass', 'write', 'FeedbackSegment',
-           'attention_to_entries', 'FeedbackTransformer']
+           'Read', 'Block', 'FeedbackStack', 'append', 'open_block', 'keys_of', 'solve_sequential', 'one_pass',
+           'solve_block', 'write', 'FeedbackSegment', 'attention_to_entries', 'FeedbackTransformer']
 
 # %% ../nbs/23_feedback.ipynb #8d075b79
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .fixed_point import SolverReport, check_solver, solve
 from .layers import (FeedForward, T5Positions, attend_weights, distances, relative_shift,
                                used_slots)
 from .memory import carry, filled, memory_state, push, replace, shared, slots
@@ -152,15 +151,6 @@ class Block(NamedTuple):
     start: Tensor             # (1 or b, n) where the window of a token begins in the block
     guess: Tensor             # (b, n, dim) entries to begin with
     keep: tuple | None        # dropout masks, the same in every pass
-    rate: Tensor | None = None # (b, 1) of the block before, see `Report`
-
-    def tensors(self):
-        "Those that may need a gradient."
-        return (self.x, *self.front, self.bias, self.own, self.projected)
-
-    def with_tensors(self, x, k, v, window, bias, own, projected):
-        return self._replace(x=x, front=Front(k, v, window), bias=bias, own=own,
-                             projected=projected)
 
 # %% ../nbs/23_feedback.ipynb #3a38d313
 class FeedbackStack(nn.Module):
@@ -340,15 +330,6 @@ def _masks(stack, x, bias, own):
     return *seen, F.dropout(ones(n, inner), stack.ff_dropout)
 
 # %% ../nbs/23_feedback.ipynb #066c3eaf
-class Report(NamedTuple):
-    "How a segment was solved."
-    passes: list = []      # over each block; empty for the sequential loop
-    residual: float = 0.0  # largest change, relative, among entries that a small change settled
-    tokens: int = 0        # tokens computed, all passes together
-    sequential: int = 0    # tokens that did not settle and were left to the sequential loop
-    change: Tensor | None = None # (b, 1) largest change in the last pass over a row
-    rate: Tensor | None = None   # (b, 1) that change as a share of the one before it
-
 class _Room:
     "Keys and values that grow: in place where no graph is kept."
     def __init__(self, front, more):
@@ -386,149 +367,28 @@ def solve_sequential(
     return reads
 
 # %% ../nbs/23_feedback.ipynb #fa451b65
-@torch.no_grad()
-def change_of(old: Tensor, new: Tensor) -> Tensor:
-    "How much each entry (b, n, dim) has changed, relative to its length: (b, n)."
-    return (new - old).norm(dim=-1) / new.norm(dim=-1).clamp(min=1e-30)
-
-@torch.no_grad()
-def settled_after(
-    old: Tensor,     # (b, n, dim) entries before a pass
-    new: Tensor,     # (b, n, dim) entries after it
-    settled: Tensor, # (b, n) bool, before it
-    start: Tensor,   # (1 or b, n) where the window of each token begins
-    tol: float,      # largest error, relative to the entry
-    rate: Tensor | float = 1.0,   # (b, 1) what a pass leaves of the error, as far as is known
-    before: Tensor | None = None, # (b, n) the changes of the pass before, which tell; None: none
-    more: int = 0,   # passes that will follow in any case
-) -> tuple[Tensor, Tensor, Tensor]: # (b, n) bool; (b, n) changes; the largest error that passed
-    "Which tokens are settled after a pass (5)."
-    # Whose memory had settled before the pass is exact after it, however much it changed.
-    exact = start <= settled.cumprod(1).sum(1, keepdim=True)
-    change = change_of(old, new).masked_fill(settled | exact, 0).cummax(1).values
-    if before is not None: rate = (change / before.clamp(min=1e-30)).clamp(max=1)
-    # A pass that is still to come is trusted with half of its effect.
-    error = change * rate ** (1 + more / 2)
-    now = settled | exact | (error <= tol)
-    return now, change, (error * now).amax()
-
-# %% ../nbs/23_feedback.ipynb #9fc8f13f
-def solve_parallel(
-    stack: FeedbackStack,
-    block: Block,
-    mask: Tensor | None,   # (b, n) bool, True where a token is real
-    tol: float = 1e-4,
-    max_passes: int = 32,
-    more: int = 0,         # passes that will follow in any case
-) -> tuple[list[Read], Report]:
-    "Read all tokens at once on a guess of their entries, until each has settled (4, 5)."
-    n, at, now, guess, window = block.x.shape[1], 0, None, block.guess, block.front.window
-    settled = guess.new_zeros(guess.shape[:2], dtype=torch.bool) if mask is None else ~mask
-    limit = max(tol, torch.finfo(block.front.k.dtype).eps)
-    room, before, last = _Room(block.front, n), None, guess.new_zeros(len(guess), 1)
-    rate = torch.ones_like(last) if block.rate is None else block.rate
-    reads, residual, passes, tokens = [], guess.new_zeros(()), 0, 0
-    while at < n and passes < max_passes:
-        new = stack(block, at, None, Front(*room.ending(*stack.keys_values(guess)), window))
-        passes, tokens = passes + 1, tokens + n - at
-        after, before, error = settled_after(guess, new.entries, settled, block.start[:, at:] - at,
-                                             limit, rate, before, more)
-        residual = torch.maximum(residual, error)
-        last, rate = _pace(last, rate, before[:, -1:])
-        now = new if now is None else _hold(settled, now, new)
-        # What has settled in all rows joins the front and is not computed again.
-        move = int(after.all(0).cumprod(0).sum())
-        done = _each(now, lambda t, dim: t.narrow(dim, 0, move))
-        now = _each(now, lambda t, dim: t.narrow(dim, move, t.shape[dim] - move))
-        guess, settled, before, at = now.entries, after[:, move:], before[:, move:], at + move
-        if move:
-            reads.append(done)
-            if at < n: room.add(*stack.keys_values(done.entries))
-            window = _roll(window, done)
-    if at < n:
-        warnings.warn(f"{n - at} of {n} tokens did not settle to tol = {tol} in max_passes = "
-                      f"{max_passes} passes; they were read one after the other")
-        reads += solve_sequential(stack, block, at, Front(*room.filled(), window))
-    return reads, Report([passes], float(residual), tokens, n - at, last, rate)
-
-def _pace(last, rate, change):
-    "The last change of each row and its share of the one before; who has settled keeps his."
-    seen, ratio = change > 0, (change / last.clamp(min=1e-30)).clamp(max=1)
-    return torch.where(seen, change, last), torch.where(seen & (last > 0), ratio, rate)
-
-def _hold(settled, old, new):
-    "The old values of tokens that had settled, the new ones of the others."
-    if not settled.any(): return new
-    held, news = {1: settled[..., None], 2: settled[:, None, :, None]}, iter(new)
-    return _each(old, lambda t, dim: torch.where(held[dim], t, next(news)))
-
-# %% ../nbs/23_feedback.ipynb #59682c7c
-class _Implicit(torch.autograd.Function):
-    "The solution of a block. Its last pass alone has a graph, with which backward solves (6)."
-    @staticmethod
-    def forward(ctx, model, block, mask, *tensors):
-        found = model.find(block, mask, more=1)
-        ctx.set_materialize_grads(False)
-        ctx.stack, ctx.block = model.stack, block.with_tensors(*[None] * 7)
-        ctx.save_for_backward(found.entries, *tensors)
-        ctx.last_pass = _last_pass(ctx.stack, ctx.block, found.entries, tensors)
-        kind = block.x.device.type
-        ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind),
-                            enabled=torch.is_autocast_enabled(kind))
-        read = [t.detach() for t in ctx.last_pass[2]]
-        model.report = _look_again(model.report, found.entries, read[1], mask)
-        ctx.rate = 1.0 if model.report.rate is None else float(model.report.rate.max())
-        # As fine as the place where the graph was made, which is one pass before the solution.
-        ctx.tol = max(model.tol ** 0.5, torch.finfo(read[1].dtype).eps)
-        return tuple(read)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        entries, *tensors = ctx.saved_tensors
-        # The graph serves once, and is then free; who comes again pays for another pass.
-        with torch.autocast(**ctx.autocast):
-            data, entries, out = ctx.last_pass or _last_pass(ctx.stack, ctx.block, entries, tensors)
-        ctx.last_pass, rate, size = None, ctx.rate, None
-        if all(g is None for g in grads): return (None,) * (3 + len(tensors))
-        adjoint, part = grads[1], _pull(out, grads, [entries])[0]
-        for _ in range(entries.shape[1]):
-            if part is None: break
-            adjoint = part if adjoint is None else adjoint + part
-            size, before = part.norm(), size
-            if before is not None: rate = size / before
-            if size * rate <= ctx.tol * adjoint.norm(): break
-            part = _pull(out, (None, part), [entries])[0]
-        wanted = [t is not None and t.requires_grad for t in (*data, *tensors[7:])]
-        found = iter(_pull(out, (grads[0], adjoint, *grads[2:]),
-                           [t for t, w in zip((*data, *tensors[7:]), wanted) if w]))
-        return None, None, None, *(next(found) if w else None for w in wanted)
-
-# %% ../nbs/23_feedback.ipynb #cc098338
-def _last_pass(stack, block, entries, tensors):
-    "A pass with a graph of its own: what it may reach, the entries that it reads, what it gives."
-    data = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors[:7]]
-    entries = entries.detach().requires_grad_()
-    with torch.enable_grad(): read = one_pass(stack, block.with_tensors(*data), entries)
-    return data, entries, [t for t in read if t is not None]
-
-def _pull(out, grads, to):
-    "The gradients of `to`, from those of `out`; None: no gradient."
-    out, grads = zip(*((t, g) for t, g in zip(out, grads) if g is not None))
-    return torch.autograd.grad(out, to, grads, retain_graph=True, allow_unused=True)
-
-def _look_again(report, old, new, mask):
-    "The report after one more pass."
-    if report.change is None: return report
-    change = change_of(old, new)
-    if mask is not None: change = change * mask
-    pace = _pace(report.change, report.rate, change.amax(1, keepdim=True))
-    return report._replace(change=pace[0], rate=pace[1])
-
 def one_pass(stack: FeedbackStack, block: Block, entries: Tensor) -> Read:
     "Read a whole block on a guess of its entries (4)."
     both = append(block.front[:2], stack.keys_values(entries))
     return stack(block, 0, None, Front(*both, block.front.window))
+
+def _outputs(read):
+    "What a pass gives, entries first, with the tokens in dimension 1."
+    out = read.entries, read.last
+    return out if read.inputs is None else (*out, read.inputs.transpose(1, 2))
+
+def solve_block(
+    stack: FeedbackStack,
+    block: Block,
+    mask: Tensor | None = None, # (b, n) bool, True where a token is real
+    **options,                  # of `solve`
+) -> tuple[Read, SolverReport]:
+    "The entries of a block that reproduce themselves, and what reading them gives."
+    (entries, last, *rest), report = solve(
+        lambda entries: _outputs(one_pass(stack, block, entries)), block.guess, mask=mask,
+        sequential=lambda: _outputs(_join(solve_sequential(stack, block))), start=block.start,
+        **options)
+    return Read(last, entries, rest[0].transpose(1, 2) if rest else None), report
 
 # %% ../nbs/23_feedback.ipynb #266393bb
 def write(
@@ -549,9 +409,8 @@ def write(
 
 def _sum(reports):
     "One report for all blocks."
-    return Report([p for r in reports for p in r.passes], max(r.residual for r in reports),
-                  sum(r.tokens for r in reports), sum(r.sequential for r in reports),
-                  *reports[-1][4:])
+    return SolverReport(sum(r.passes for r in reports), max(r.change for r in reports),
+                        sum(r.sequential for r in reports))
 
 def _check_window(memory, seq_len):
     "Slots of a memory may be more or fewer; those of the window may not."
@@ -561,12 +420,12 @@ def _check_window(memory, seq_len):
 
 def _check_options(**given):
     "Refuse what cannot be built."
-    least = dict(depth=1, seq_len=1, mem_len=0, heads=1, dim_head=1, tol=0, max_passes=1,
+    check_solver(given["tol"], given["max_passes"], given["gradient"])
+    least = dict(depth=1, seq_len=1, mem_len=0, heads=1, dim_head=1, max_passes=1,
                  block_len=1, segment_len=1)
     for name, low in least.items():
         if given[name] < low: raise ValueError(f"{name} must be {low} or more; got {given[name]}")
-    choices = dict(solver=("parallel", "sequential"), gradient=("implicit", "unrolled"),
-                   positions=("t5", "learned"))
+    choices = dict(solver=("parallel", "sequential"), positions=("t5", "learned"))
     for name, allowed in choices.items():
         if given[name] not in allowed:
             raise ValueError(f"{name} must be {allowed[0]!r} or {allowed[1]!r}; "
@@ -722,8 +581,8 @@ class FeedbackTransformer(MemoryLM):
         positions: str = "t5",          # relative positions: "t5", or "learned" as the paper
         solver: str = "parallel",       # passes over blocks, or "sequential": window by window
         gradient: str = "implicit",     # of the solution, or "unrolled": through all that was done
-        tol: float = 1e-4,              # an entry has settled when a pass changes it by less
-        max_passes: int = 32,           # over a block; what has not settled is read in sequence
+        tol: float = 1e-3,              # an entry has converged when a pass changes it by less
+        max_passes: int = 32,           # over a block; what has not converged is read in sequence
         block_len: int = 32,            # tokens of a block
         segment_len: int = 2048,        # longest segment of a step; it becomes `model.seq_len`
         emb_dim: int | None = None,     # width of the embedding; None: dim
@@ -735,7 +594,7 @@ class FeedbackTransformer(MemoryLM):
         super().__init__(num_tokens, dim, segment_len, emb_dim, tie_embeddings, emb_dropout)
         self.mem_len, self.window_len = mem_len, seq_len
         self.solver, self.gradient, self.tol = solver, gradient, tol
-        self.max_passes, self.block_len, self.report = max_passes, block_len, Report()
+        self.max_passes, self.block_len, self.report = max_passes, block_len, SolverReport()
         self.stack = FeedbackStack(dim, depth, heads, dim_head, seq_len, mem_len, ff_mult,
                                    keep_last_hidden, positions, attn_dropout, ff_dropout)
         self.norm = nn.LayerNorm(dim)
@@ -753,13 +612,13 @@ class FeedbackTransformer(MemoryLM):
 
     def read(self, tokens: Tensor, memory: FeedbackMemory, mask: Tensor | None) -> Step:
         _check_window(memory, self.window_len)
-        x, last, drift, reports, w = self.embed(tokens), [], 0, [Report()], self.window_len
+        x, last, drift, reports, w = self.embed(tokens), [], 0, [], self.window_len
         parts, kv = x.split(self.block_len, 1), keys_of(self.stack, memory)
         masks = [None] * len(parts) if mask is None else mask.split(self.block_len, 1)
         for i, (part, real) in enumerate(zip(parts, masks), 1):
             # A warm start: the entries will be as far from the embeddings as those before.
             block = open_block(self.stack, part, memory, part.detach() + drift, kv)
-            read = self._solve(block._replace(rate=reports[-1].rate), real)
+            read = self.find(block, real)
             drift = (read.entries - part).detach().mean(1, keepdim=True)
             if i < len(parts):
                 new = self.stack.keys_values(read.entries)
@@ -767,23 +626,15 @@ class FeedbackTransformer(MemoryLM):
             memory = write(memory, read, real, w)
             last.append(read.last)
             reports.append(self.report)
-        self.report = _sum(reports[1:])
+        self.report = _sum(reports)
         return Step(self.to_logits(self.norm(torch.cat(last, 1))), memory, self.no_aux_loss())
 
-    def _solve(self, block, mask):
-        if self.gradient == "unrolled" or not torch.is_grad_enabled(): return self.find(block, mask)
-        out = _Implicit.apply(self, block, mask, *block.tensors(), *self.stack.parameters())
-        return Read(*out, *[None] * (3 - len(out)))
-
-    def find(self, block: Block, mask: Tensor | None = None, more: int = 0) -> Read:
-        "Solve a block with the model's solver, and report; `more` passes over it will follow."
-        if self.solver == "parallel":
-            reads, self.report = solve_parallel(self.stack, block, mask, self.tol, self.max_passes,
-                                                more)
-        else:
-            self.report = Report(tokens=block.x.shape[1])
-            reads = solve_sequential(self.stack, block)
-        return _join(reads)
+    def find(self, block: Block, mask: Tensor | None = None) -> Read:
+        "Solve a block with the model's solver, and report."
+        passes = self.max_passes if self.solver == "parallel" else 0
+        read, self.report = solve_block(self.stack, block, mask, tol=self.tol, max_passes=passes,
+                                        gradient=self.gradient)
+        return read
 
     def look(self, tokens: Tensor, memory: FeedbackMemory) -> list[LayerAttention]:
         return attention_to_entries(self, tokens, memory)

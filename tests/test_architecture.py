@@ -10,13 +10,14 @@ ROOT = Path(__file__).parent.parent
 GROUND = {"memory": set(), "files": {"memory"}, "data": set(), "tasks": {"data"},
           "plots": set()}
 PARTS = {"layers": {"memory"}, "attention": {"memory"}, "positions": {"attention"},
-         "gates": {"attention"}, "knn": {"memory"},
+         "gates": {"attention"}, "fixed_point": set(), "knn": {"memory"},
          "model": {"memory", "files", "attention"},
          "generate": {"memory", "attention", "model"},
          "train": {"memory", "files", "data", "model", "tasks"},
          "evaluate": {"memory", "files", "data", "model"}}
 MECHANISM = {"memory", "layers", "model", "attention", "positions", "gates"}
-ALSO = {"memorizing": {"knn"}}            # a mechanism that stands on a part of its own
+# A mechanism that stands on a part of its own.
+ALSO = {"memorizing": {"knn"}, "feedback": {"fixed_point"}}
 ASSEMBLY = ("zoo", "wrapper", "knn_memory", "probe", "cli")
 LAZY = {"memorizing": {"knn_memory"}}     # inside a documented call that makes such an object
 
