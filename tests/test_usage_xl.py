@@ -77,7 +77,8 @@ def test_compiles_once():
         graphs.append(graph)
         return graph.forward
 
-    step = torch.compile(lambda tokens, memory: model._step(tokens, memory, None), backend=backend,
+    step = torch.compile(lambda tokens, memory: model._segment(tokens, memory, None, model.finish),
+                         backend=backend,
                          fullgraph=True)
     memory = model.init_memory(2)
     with torch.no_grad():
