@@ -8,69 +8,98 @@ __all__ = ['COMPRESSIONS', 'CompressiveMemory', 'leaving', 'push_out', 'Compress
 
 # %% ../nbs/21_compressive.ipynb #2d1660e3
 from collections.abc import Iterable
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import (GatedLayer, KeyPlaces, LearnedPositions, Place, behind, check_heads,
-                               check_memory_layers, same_in_all, used_slots)
+from .attention import (Buffer, Cursor, Keys, Span, check_choice, check_dropout,
+                                  check_heads, check_layers, check_numbers, check_sizes, distances,
+                                  keys_of, recording, same_in_all, used_slots)
+from .gates import GATES, GatedLayer
 from .memory import carry, filled, memory_state, push, replace, slots
-from .model import LayerAttention, MemoryLM, Step, calls, in_line, init_weights
+from .model import MemoryLM, init_weights
+from .positions import LearnedPositions
 
 # %% ../nbs/21_compressive.ipynb #d148408b
 @memory_state
 class CompressiveMemory:
-    "What is carried: the last states of each memory layer, and slots that stand for older ones."
+    "What is carried: the last states of each memory layer, and slots made of older ones."
     unpacks = ("mem", "cmem")
     mem: Tensor = slots(2)          # (b, memory layers, m, dim), newest last
     cmem: Tensor = slots(2, "cfill")# (b, memory layers, c, dim), newest last
-    fill: Tensor = None             # (b,) states in mem, those that wait for their group included
+    fill: Tensor = None             # (b,) states in mem, those waiting for their group included
     cfill: Tensor = None            # (b,) slots in cmem
+
+    @property
+    def compressed_mem(self) -> Tensor:
+        "`cmem`, as the original package calls it."
+        return self.cmem
+
+# %% ../nbs/21_compressive.ipynb #5d1f70ab
+def _from_tuple(
+    memories: tuple,          # (mem, cmem), each (b, layers, slots, dim) or None
+    fresh: CompressiveMemory, # an empty memory
+) -> CompressiveMemory:
+    "The memory that a tuple stands for. Leading slots of zeros are empty."
+    if len(memories) != 2: raise ValueError("memories must be a CompressiveMemory or a tuple "
+                                            f"(mem, cmem); got a tuple of {len(memories)}")
+    found = {}
+    for name, count, given in zip(("mem", "cmem"), ("fill", "cfill"), memories):
+        if given is None: continue
+        empty = getattr(fresh, name)
+        b, layers, _, dim = empty.shape
+        fits = isinstance(given, Tensor) and given.ndim == 4
+        if not fits or (*given.shape[:2], given.shape[3]) != (b, layers, dim):
+            raise ValueError(f"memories must be a tuple (mem, cmem) of None or tensors (b, layers, "
+                             f"slots, dim), here ({b}, {layers}, slots, {dim}); {name} is "
+                             f"{tuple(given.shape) if isinstance(given, Tensor) else given!r}")
+        found[name], found[count] = push(empty, getattr(fresh, count), given,
+                                         (given != 0).any(3).any(1))
+    return replace(fresh, **found)
 
 # %% ../nbs/21_compressive.ipynb #caad9364
 def leaving(
     fill: Tensor | int, # (b,) or for all rows: states in the memory
-    n: Tensor | int,    # (b,) or for all rows: states that come
-    mem_len: int,       # states that stay at least
+    n: Tensor | int,    # (b,) or for all rows: new states
+    mem_len: int,       # states that stay, at least
     ratio: int,         # states in a group
 ) -> Tensor | int:
-    "Groups that leave a memory: whole ones, as many as leave `mem_len` states behind."
+    "How many groups leave the memory (1): whole ones, while at least `mem_len` states stay."
     over = fill + n - mem_len
     return over.clamp(min=0) // ratio if isinstance(over, Tensor) else max(0, over) // ratio
 
 # %% ../nbs/21_compressive.ipynb #d323e173
 def push_out(
     mem: Tensor,    # (b, …, m, d) states, newest last
-    fill: Tensor,   # (b,) states there are
-    new: Tensor,    # (b, …, n, d) what comes in, padding last
-    real: Tensor | None, # (b,) states of `new` that are real; None: all
-    leave,          # `leave(fill, n)`: states that go, (b,) or for all rows
-    ahead: int = 0, # states behind those that go, to be handed out too
-):                  # memory, fill, the oldest (b, …, k, d) and how many of them go
-    "Append states and take the oldest out, each row its own number of them."
+    fill: Tensor,   # (b,) how many of them are filled
+    new: Tensor,    # (b, …, n, d) new states, padding last
+    length: Tensor | None, # (b,) how many of `new` are real; None: all
+    leave,          # `leave(fill, n)`: states that leave, (b,) or for all rows
+    ahead: int = 0, # states after those that leave, to be returned with them
+):                  # memory, fill, the oldest (b, …, k, d), how many of these leave
+    "Append states and take the oldest out (2), in each row its own number of them."
     m, n = mem.shape[-2], new.shape[-2]
-    f = same_in_all(fill) if real is None else None
-    new = new.to(mem.dtype)
+    f, new = same_in_all(fill) if length is None else None, new.to(mem.dtype)
     if f is not None:
         go, old = leave(f, n), mem[..., m - f:, :]
         line = torch.cat([old, new], -2)
         kept = F.pad(line[..., go:, :], (0, 0, m - f - n + go, 0))
-        # What is taken from the memory alone has no graph of this segment behind it.
+        # What comes from the memory alone has no graph of this segment.
         out = (old if go + ahead <= f else line)[..., :go + ahead, :]
         return kept, fill + (n - go), out if go else None, go
-    count = torch.full_like(fill, n) if real is None else real
-    go = leave(fill, count)
-    line, after = torch.cat([mem, new], -2), fill + count - go
-    pick = lambda start, k: line.gather(-2, _spread((start[:, None] + torch.arange(
-        k, device=line.device)).clamp(max=m + n - 1), line))
-    kept = pick(count, m)
-    kept = kept.masked_fill(_spread(~filled(after, m), kept), 0)
+    length = torch.full_like(fill, n) if length is None else length
+    go = leave(fill, length)
+    line, after = torch.cat([mem, new], -2), fill + length - go
+    pick = lambda start, k: line.gather(-2, _index(
+        (start[:, None] + torch.arange(k, device=line.device)).clamp(max=m + n - 1), line))
+    kept = pick(length, m)
+    kept = kept.masked_fill(_index(~filled(after, m), kept), 0)
     return kept, after, pick(m - fill, leave(m, n) + ahead), go
 
-def _spread(index, like):
-    "An index or mask (b, k), shaped to reach the slots of `like` (b, …, m, d)."
+def _index(index, like):
+    "An index or mask (b, k), in the shape of the slots of `like` (b, …, m, d)."
     index = index.view(len(index), *[1] * (like.ndim - 3), -1, 1)
     return index.expand(*like.shape[:-2], -1, like.shape[-1])
 
@@ -88,24 +117,23 @@ class Compression(nn.Module):
     ):
         super().__init__()
         self.ratio, self.kind = ratio, kind
-        # "dilated" reads every second state of its group and of the one behind.
+        # "dilated" reads every second state of its group and of the next one.
         self.ahead = ratio - 1 if kind == "dilated" else 0
         self.kernel = nn.Linear(ratio * dim, dim) if kind in ("conv", "dilated") else None
         self.decoder = nn.Linear(dim, ratio * dim) if decoder else None
 
-    def begin(self):
-        "Begin as the mean of a group, beside small random weights."
+    def start_as_mean(self):
+        "Add the mean of a group to the small random weights."
         if self.kernel is None: return
         mean = torch.eye(self.kernel.out_features).repeat(1, self.ratio) / self.ratio
         with torch.no_grad(): self.kernel.weight += mean
 
     def groups(self, states: Tensor) -> Tensor:
-        "States (b, k, dim) that leave, in groups: (b, groups, ratio, dim)."
-        whole = states.shape[1] - self.ahead
-        return states[:, :whole].unflatten(1, (-1, self.ratio))
+        "The states (b, k, dim) that leave, in groups: (b, groups, ratio, dim)."
+        return states[:, :states.shape[1] - self.ahead].unflatten(1, (-1, self.ratio))
 
     def forward(self, states: Tensor, usage: Tensor | None = None) -> Tensor:
-        "Slots (b, groups, dim) from states (b, k, dim), `ahead` of them being looked at only."
+        "Slots (b, groups, dim) from states (b, k, dim), the last `ahead` of which stay."
         groups = self.groups(states)
         if self.kind == "mean": return groups.mean(2)
         if self.kind == "max": return groups.amax(2)
@@ -113,181 +141,112 @@ class Compression(nn.Module):
             best = self.groups(usage[..., None]).argmax(2, keepdim=True)
             return groups.gather(2, best.expand(-1, -1, 1, groups.shape[-1]))[:, :, 0]
         if self.ahead:
-            windows = states.unfold(1, 2 * self.ratio - 1, self.ratio)[..., ::2]
-            groups = windows.transpose(2, 3)
+            groups = states.unfold(1, 2 * self.ratio - 1, self.ratio)[..., ::2].transpose(2, 3)
         return self.kernel(groups.flatten(2))
 
 # %% ../nbs/21_compressive.ipynb #5740f11c
 def attention_loss(
-    q: Tensor,          # (b, h, n, d) queries of the segment
-    full: tuple,        # keys and values of the states that leave: (b, h, k, d)
-    short: tuple,       # keys and values of the slots made of them: (b, h, groups, d)
-    groups: Tensor | int, # (b,) or for all rows: groups that are real
-    dropout: float = 0.0, # on both attentions
-) -> Tensor:            # (b, n) squared error, averaged over heads and features
-    "How differently the segment reads slots and the states they stand for (6)."
-    def read(keys, values, size):
-        real = None
-        if isinstance(groups, Tensor):
-            # A row without a group reads anything; it does not count.
-            many = groups[:, None].clamp(min=1) * size
-            real = (torch.arange(keys.shape[2], device=q.device) < many)[:, None, None]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=real, dropout_p=dropout)
-    with torch.no_grad(): target = read(*full, full[0].shape[2] // short[0].shape[2])
-    return (read(*short, 1) - target).square().mean((1, 3))
+    q: Tensor,     # (b, h, n, d) queries of the segment
+    full: tuple,   # keys and values of the states that leave: (b, h, k, d)
+    short: tuple,  # keys and values of the slots made of them: (b, h, groups, d)
+    valid: Tensor | None = None, # (b, groups) bool, which groups are real; None: all
+    dropout: float = 0.0,        # on both attentions
+) -> Tensor:       # (b, n) squared error, averaged over heads and features
+    "How differently the segment reads slots and the states that they were made of (6)."
+    def read(keys, values):
+        mask = None
+        if valid is not None:  # a row without a group reads anything; it does not count
+            mask = (valid | ~valid.any(1, keepdim=True))[:, None, None]
+            mask = mask.repeat_interleave(keys.shape[2] // valid.shape[1], -1)
+        return F.scaled_dot_product_attention(q, keys, values, mask, dropout)
+    with torch.no_grad(): target = read(*full)
+    return (read(*short) - target).square().mean((1, 3))
 
 # %% ../nbs/21_compressive.ipynb #ea43f1d5
-def _attention_error(q, states, slots, layer, go, length, dropout):
-    "Loss (6) for each query, and which queries of which rows count."
-    n, ratio = q.shape[2], states.shape[2]
-    go = go // ratio
-    full = layer.keys_values(states.flatten(1, 2), frozen=True)
-    short = layer.keys_values(slots, frozen=True)
-    error = attention_loss(q, full, short, go, dropout)
-    if length is None and isinstance(go, int): return error, None
-    real = torch.ones_like(error, dtype=torch.bool) if length is None else \
-        torch.arange(n, device=q.device) < length[:, None]
-    return error, real if isinstance(go, int) else real & (go > 0)[:, None]
+def _decoding_loss(compress, norm, groups, slots):
+    "How badly slots decode into their groups (7): the squared error (b, groups)."
+    with torch.no_grad(): target = norm(groups)
+    return (compress.decoder(slots).view_as(target) - target).square().mean((2, 3))
 
-def _decoding_error(compress, states, slots, layer, go):
-    "Loss (7) for each group, and which groups count."
-    norm, (groups, ratio) = layer.norm_attention, states.shape[1:3]
-    with torch.no_grad(): target = norm(states)
-    error = (compress.decoder(slots).unflatten(2, (ratio, -1)) - target).square().mean((2, 3))
-    if isinstance(go, int): return error, None
-    return error, torch.arange(groups, device=go.device) < (go // ratio)[:, None]
-
-def _row_mean(error, real):
-    "The mean over rows of each row's own mean; a row with nothing to count gives 0."
-    if real is None: return error.mean()
-    return ((error * real).sum(1) / real.sum(1).clamp(min=1)).mean()
+def _row_mean(error, valid):
+    "The mean over rows of each row's own mean; a row in which nothing counts gives 0."
+    if valid is None: return error.mean()
+    return ((error * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()
 
 # %% ../nbs/21_compressive.ipynb #49c3d66e
+def _received(weights, mask, span, c, width):
+    "Attention that states and tokens received in each layer, in `width` columns."
+    received = torch.stack([w[..., c:].mean(1) for w in weights], 1)
+    if mask is not None: received = received * mask.to(received)[:, None, :, None]
+    received, later = received.sum(2), span.capacity - span.end
+    return F.pad(received, (width - later - received.shape[2], later))
+
 def _average(usage, n, length):
-    "Attention received (b, layers, m + n) for each query that could see the state."
-    m = usage.shape[2] - n
-    length = torch.full((len(usage),), n, device=usage.device) if length is None else length
-    behind = (torch.arange(m + n, device=usage.device) - m).clamp(min=0)
-    return usage / (length[:, None] - behind).clamp(min=1)[:, None]
+    "Attention received (b, layers, m + n) per query that could see the state."
+    index = torch.arange(usage.shape[2], device=usage.device) - (usage.shape[2] - n)
+    length = torch.full_like(index[:1], n) if length is None else length
+    return usage / (length[:, None] - index.clamp(min=0)).clamp(min=1)[:, None]
 
 # %% ../nbs/21_compressive.ipynb #2769fb86
-def _there(memory, c, m):
-    "Which of the last `c` compressed slots and the last `m` states are there: (b, c + m)."
-    parts = ((memory.cfill, memory.cmem, c), (memory.fill, memory.mem, m))
-    return torch.cat([filled(count, t.shape[2])[:, t.shape[2] - k:] for count, t, k in parts], 1)
-
-def _places(fill, place, c, there, ratio):
-    "Where the last `c` compressed slots, the states behind them and the segment stand (4)."
-    m, device, hidden = there.shape[1] - c, fill.device, place.hidden(there)
-    f = same_in_all(fill) if c else 0
-    if f is not None and place.first is not None:
-        far = (place.longest + f, ratio, c) if c else (0, 1, 0)
-        return KeyPlaces(m + place.longest, far, hidden=hidden)
-    time = lambda start, stop: torch.arange(start, stop, device=device)
-    slot = -1 - fill[:, None] - ratio * time(0, c).flip(0)
-    keys = torch.cat([slot, time(-m, place.longest).expand(len(fill), -1)], 1)
-    first = torch.zeros_like(fill) if place.before is None else place.before.to(device)
-    queries = first[:, None] + time(0, place.n)
-    return KeyPlaces(0, distance=queries[..., None] - keys[:, None], hidden=hidden)
-
-def _received(weights, real):
-    "Attention (b, h, n, keys) that each key received, from queries that are `real` (b, n)."
-    received = weights.mean(1)
-    if real is not None: received = received * real.to(received)[..., None]
-    return received.sum(1)
+def _keys(
+    memory: CompressiveMemory,
+    front: int,   # keys of the memory: slots, then states
+    span: Span,   # of the new tokens
+    ratio: int,   # states that a slot is made of
+    ahead: int,   # states after those that a slot is made of too
+    device,
+) -> Keys:
+    "What a layer with memory reads: compressed slots, states, and the segment so far."
+    m = min(front, memory.mem.shape[2])
+    c, n, total = front - m, span.n, front + span.end
+    valid = torch.cat([filled(memory.cfill, c), filled(memory.fill, m)], 1)
+    if same_in_all(valid.all(1)) == 1: valid = None
+    keys = keys_of(span, front, valid, device=device)
+    if not c: return keys
+    keys = keys._replace(near=total - c, newer=ahead, kinds=(
+        ("compressed", c, ratio + ahead), ("xl", m, 1), ("segment", span.end, 1)))
+    fill = same_in_all(memory.fill)
+    if fill is not None and span.start is not None:
+        return keys._replace(far=(span.end + fill, ratio, c))                         # (4)
+    distance = distances(n, total, None if keys.distance is None else span.length + front, device)
+    distance = distance.view(-1, n, total)
+    slot = ratio * torch.arange(c - 1, -1, -1, device=device)
+    far = distance[..., front - 1:front] + memory.fill[:, None, None] + slot          # (4)
+    near = distance[..., c:].expand(len(far), -1, -1)
+    return keys._replace(far=(0, 1, c), distance=torch.cat([far, near], -1))
 
 # %% ../nbs/21_compressive.ipynb #d7520943
-def _check_options(model, depth, ratio):
-    "Refuse what cannot be built."
-    if depth < 1: raise ValueError(f"depth must be 1 or more; got {depth}")
-    if ratio < 1: raise ValueError(f"cmem_ratio must be 1 or more; got {ratio}")
-    if model.mem_len < 0: raise ValueError(f"mem_len must be 0 or more; got {model.mem_len}")
+def _check_lengths(model, ratio):
+    "Refuse lengths that do not go together."
     least = model.seq_len // ratio
-    if model.cmem_len < 0 or 0 < model.cmem_len < least:
+    if 0 < model.cmem_len < least:
         raise ValueError(f"cmem_len must be at least seq_len // cmem_ratio = {least}, the slots "
                          f"that one segment gives, or 0 for none; got {model.cmem_len}")
-    if model.compression not in COMPRESSIONS:
-        raise ValueError(f"compression must be one of {', '.join(map(repr, COMPRESSIONS))}; "
-                         f"got {model.compression!r}")
     if model.compression == "dilated" and model.cmem_len and model.mem_len < ratio - 1:
-        raise ValueError("compression='dilated' looks at the group behind the one that leaves: "
+        raise ValueError("compression='dilated' reads the group after the one that leaves: "
                          f"mem_len must be at least cmem_ratio - 1 = {ratio - 1}; got "
                          f"{model.mem_len}")
-    if model.aux not in ("attention", "autoencoding"):
-        raise ValueError(f"aux must be 'attention' or 'autoencoding'; got {model.aux!r}")
 
-def _check_sizes(memory, m, c):
+def _check_shape(memory, m, c):
     "Refuse the memory of a model with other lengths."
     have = memory.mem.shape[2], memory.cmem.shape[2]
     if have != (m, c):
-        raise ValueError(f"memory must have {m} places for states and {c} compressed slots; it has "
+        raise ValueError(f"memory must have {m} slots for states and {c} compressed slots; it has "
                          f"{have[0]} and {have[1]}: it is the memory of another model")
 
 # %% ../nbs/21_compressive.ipynb #a3d0c280
 @memory_state
 class CompressiveSegment:
-    "A segment that is being read in pieces: keys and values of all that was read, layer by layer."
-    memory: CompressiveMemory # what stands in front
-    keys: list                # of each layer: (b, heads, front + seq_len, dim_head)
-    values: list              # likewise
-    written: Tensor           # (b, memory layers, seq_len, dim) what the memory will be given
-    usage: Tensor             # (b, memory layers, m + seq_len) attention received so far
-    length: Tensor            # (b,) tokens read, on the host
-    used: Tensor              # (b,) slots in front, from the newest on, that hold all that is
-                              # there, on the host
-
-# %% ../nbs/21_compressive.ipynb #7272aaf1
-class _InPieces:
-    "Reading an open segment with the keys and values of what was read before."
-    @torch.no_grad()
-    def open_segment(self, memory: CompressiveMemory):
-        b, layers, m, _ = memory.mem.shape
-        used = torch.where(memory.cfill > 0, m + memory.cfill, memory.fill).cpu()
-        fronts, rooms = torch.cat([memory.cmem, memory.mem], 2), []
-        empty = fronts.shape[2] - int(used.max())
-        for number, layer in enumerate(self.layers, 1):
-            slot = self.slot(number)
-            states, skip = (fronts.new_zeros(b, 0, self.dim), 0) if slot is None else \
-                (fronts[:, slot, empty:], empty)
-            rooms.append([F.pad(t, (0, 0, skip, self.seq_len)) for t in layer.keys_values(states)])
-        return CompressiveSegment(memory, *map(list, zip(*rooms)),
-                                  memory.mem.new_zeros(b, layers, self.seq_len, self.dim),
-                                  memory.mem.new_zeros(b, layers, m + self.seq_len),
-                                  torch.zeros(b, dtype=torch.long), used)
-
-    @torch.no_grad()
-    def extend_segment(self, segment, tokens: Tensor, mask: Tensor | None = None):
-        x, memory = self.embed(tokens), segment.memory
-        used, total = int(segment.used.max()), memory.mem.shape[2]
-        m, c = min(used, total), max(0, used - total)
-        place = Place(tokens.shape[1], segment.length, mask, self.seq_len)
-        keys, alone = self.places(memory.fill, place, c, _there(memory, c, m))
-        for number, layer in enumerate(self.layers, 1):
-            slot, before = self.slot(number), x
-            front = 0 if slot is None else used
-            rooms = (r[number - 1][:, :, -front - self.seq_len:]
-                     for r in (segment.keys, segment.values))
-            context = place.context(*rooms, front)
-            bias = partial(self.positions, keys=alone if slot is None else keys)
-            x, _, weights = layer(x, context, bias)
-            if slot is None: continue
-            place.store(segment.written[:, slot], x if self.enhanced_recurrence else before)
-            if self.compression == "most_used":
-                segment.usage[:, slot, total - m:total + place.longest] += \
-                    _received(weights, mask)[:, c:]
-        return self.to_logits(self.norm(x)), replace(segment, length=place.after)
-
-    @torch.no_grad()
-    def close_segment(self, segment):
-        longest, m = int(segment.length.max()), segment.memory.mem.shape[2]
-        if not longest: return segment.memory
-        length = None if bool((segment.length == longest).all()) else \
-            segment.length.to(segment.written.device)
-        return self.write(segment.memory, segment.written[:, :, :longest], length,
-                          usage=segment.usage[:, :, :m + longest])[0]
+    "An open segment: what has been read of it, and what the memory will be given."
+    memory: CompressiveMemory # before the segment
+    cursor: Cursor
+    caches: list              # of each layer
+    written: Buffer           # (b, memory layers, columns, dim) states for the memory
+    queries: list             # of each memory layer, for (6): (b, heads, columns, dim_head)
+    usage: Tensor             # (b, memory layers, m + capacity) attention received ("most_used")
 
 # %% ../nbs/21_compressive.ipynb #c62c24ba
-class CompressiveTransformer(_InPieces, MemoryLM):
+class CompressiveTransformer(MemoryLM):
     "A decoder that compresses the states that its memory would drop (Rae et al. 2020)."
     def __init__(
         self,
@@ -301,34 +260,45 @@ class CompressiveTransformer(_InPieces, MemoryLM):
         mem_len: int | None = None,     # states remembered as they are; None: seq_len
         cmem_len: int | None = None,    # compressed slots; 0: none; None: the larger of mem_len and
                                         # seq_len, over cmem_ratio
-        cmem_ratio: int = 4,            # states that one slot stands for
+        cmem_ratio: int = 4,            # states that one slot is made of
         heads: int = 8,
-        gru_gated_residual: bool = True,# a gate in the place of each residual sum?
+        gru_gated_residual: bool = True,# a gate in place of each residual sum?
         mogrify_gru: bool = False,      # let the inputs of the gate scale each other first?
         attn_dropout: float = 0.0,      # on attention weights
         ff_glu: bool = False,           # gated feed-forward?
         ff_dropout: float = 0.0,        # inside the feed-forward
-        attn_layer_dropout: float = 0.0,# on what the attention says
+        attn_layer_dropout: float = 0.0,# on what attention adds
         reconstruction_attn_dropout: float = 0.0, # on the attentions that aux_loss compares
         reconstruction_loss_weight: float = 1.0,  # factor on aux_loss; 0: none
         compression: str = "conv",      # "conv", "mean", "max", "dilated" or "most_used"
         aux: str = "attention",         # aux_loss: "attention" reconstruction or "autoencoding"
         gate: str = "gru",              # the gate: "gru", "brc" or "nbrc"
-        gate_bias: float = 0.0,         # above 0 the gates begin close to keeping the stream
+        gate_bias: float = 0.0,         # above 0 the gates start close to the identity
         emb_dropout: float = 0.0,       # on the embeddings
         tie_embeddings: bool = False,   # share the matrix of the embedding with the head?
     ):
         super().__init__(num_tokens, dim, seq_len, emb_dim, tie_embeddings, emb_dropout)
+        check_sizes(1, depth=depth, cmem_ratio=cmem_ratio)
         self.mem_len = seq_len if mem_len is None else mem_len
+        check_sizes(0, mem_len=self.mem_len)
         longer = max(self.mem_len, seq_len)
         self.cmem_len = max(1, longer // cmem_ratio) if cmem_len is None else cmem_len
+        check_sizes(0, cmem_len=self.cmem_len)
+        check_dropout(attn_dropout=attn_dropout, ff_dropout=ff_dropout,
+                      attn_layer_dropout=attn_layer_dropout,
+                      reconstruction_attn_dropout=reconstruction_attn_dropout)
+        check_numbers(0, reconstruction_loss_weight=reconstruction_loss_weight)
+        check_numbers(gate_bias=gate_bias)
+        check_choice("compression", compression, COMPRESSIONS)
+        check_choice("aux", aux, ("attention", "autoencoding"))
+        check_choice("gate", gate, tuple(GATES))
         self.cmem_ratio = cmem_ratio if self.cmem_len else 1
-        self.memory_layers = check_memory_layers(memory_layers, depth)
+        self.memory_layers = check_layers("memory_layers", memory_layers, depth)
         self.enhanced_recurrence, self.compression, self.aux = enhanced_recurrence, compression, aux
         self.aux_weight, self.aux_dropout = reconstruction_loss_weight, reconstruction_attn_dropout
-        _check_options(self, depth, cmem_ratio)
+        _check_lengths(self, cmem_ratio)
         width = check_heads(dim, heads, None)
-        # Distances in the original time axis, over the compressed slots too.
+        # Distances count in tokens, over the compressed slots too.
         reach = seq_len + self.mem_len + (self.cmem_len + 1) * self.cmem_ratio - 1
         self.positions = LearnedPositions(reach, heads, width)
         self.layers = nn.ModuleList(
@@ -339,11 +309,13 @@ class CompressiveTransformer(_InPieces, MemoryLM):
         self.compress = nn.ModuleList(
             Compression(dim, cmem_ratio, compression, aux == "autoencoding")
             for _ in self.memory_layers if self.cmem_len)
+        self.ahead = self.cmem_ratio - 1 if compression == "dilated" else 0
         self.norm = nn.LayerNorm(dim)
         self.apply(init_weights)
-        for compress in self.compress: compress.begin()
+        for compress in self.compress: compress.start_as_mean()
 
     def init_memory(self, batch_size: int, *, device=None, dtype=None):
+        check_sizes(1, batch_size=batch_size)
         weight, layers = self.embedding.weight, len(self.memory_layers)
         # Up to ratio - 1 states wait for their group.
         lengths = self.mem_len + self.cmem_ratio - 1, self.cmem_len
@@ -352,94 +324,98 @@ class CompressiveTransformer(_InPieces, MemoryLM):
         count = torch.zeros(batch_size, dtype=torch.long, device=mem.device)
         return CompressiveMemory(mem, cmem, count, count.clone())
 
-    def places(self, fill, place, c, there):
-        "Where the keys stand in a layer with memory, and in one without."
-        alone = None if len(self.memory_layers) == len(self.layers) else \
-            _places(fill, place, 0, there[:, :0], 1)
-        return _places(fill, place, c, there, self.cmem_ratio), alone
+    def begin(self, memory: CompressiveMemory, capacity: int | None = None):
+        _check_shape(memory, self.mem_len + self.cmem_ratio - 1, self.cmem_len)
+        (b, layers, total, _), capacity = memory.mem.shape, capacity or self.seq_len
+        # After compressed slots all of `mem` is read, so that the caches of rows line up.
+        c = used_slots(memory.cfill, self.cmem_len)
+        m = total if c else used_slots(memory.fill, total)
+        fronts = torch.cat([memory.cmem[:, :, self.cmem_len - c:], memory.mem[:, :, total - m:]], 2)
+        fronts = dict(zip(self.memory_layers, fronts.unbind(1)))
+        empty = memory.mem[:, :0].flatten(1, 2)
+        caches = [layer.open(fronts.get(i, empty)) for i, layer in enumerate(self.layers, 1)]
+        queries = [Buffer(caches[i - 1].k.data[:, :, :0].detach(), 0)
+                   for i in self.memory_layers if self.compress and self.aux_weight]
+        used = total + capacity if self.compression == "most_used" else 0
+        return CompressiveSegment(memory, Cursor.start(b, capacity), caches,
+                                  Buffer(memory.mem.new_empty(b, layers, 0, self.dim), 0),
+                                  queries, memory.mem.new_zeros(b, layers, used))
 
-    def slot(self, number: int) -> int | None:
-        "Which of the memory layers layer `number` is."
-        return self.memory_layers.index(number) if number in self.memory_layers else None
+    def extend(self, segment: CompressiveSegment, tokens: Tensor, mask: Tensor | None = None):
+        x, caches, states, queries = self.embed(tokens), [], [], []
+        span, cursor = segment.cursor.advance(tokens.shape[1], mask)
+        front = max(cache.front for cache in segment.caches)
+        both = _keys(segment.memory, front, span, self.cmem_ratio, self.ahead, x.device)
+        own = both if len(self.memory_layers) == len(self.layers) else \
+            keys_of(span, 0, device=x.device)
+        with recording() if self.compression == "most_used" else nullcontext() as seen:
+            for i, layer in enumerate(self.layers):
+                states.append(x)
+                keys = both if i + 1 in self.memory_layers else own
+                x, cache, q = layer(x, segment.caches[i], span, keys, self.positions)
+                caches.append(cache)
+                queries.append(q.detach())
+        logits, after = self.to_logits(self.norm(x)), replace(segment, cursor=cursor, caches=caches)
+        if not self.memory_layers: return logits, after
+        states = states[1:] + [x] if self.enhanced_recurrence else states
+        pick = lambda of_layers: [of_layers[i - 1] for i in self.memory_layers]
+        written = segment.written.append(torch.stack(pick(states), 1), span)
+        # The loss needs all queries of the segment; without a graph there is nothing to train.
+        graph = torch.is_grad_enabled() and all(old.data.shape[2] == span.before
+                                                for old in segment.queries)
+        queries = [old.append(q, span) if graph else old
+                   for old, q in zip(segment.queries, pick(queries))]
+        usage = segment.usage
+        if seen: usage = usage + _received([layer.weights for layer in pick(seen)], mask, span,
+                                           both.far[2], usage.shape[2])
+        return logits, replace(after, written=written, queries=queries, usage=usage)
 
-    def read(self, tokens: Tensor, memory: CompressiveMemory, mask: Tensor | None) -> Step:
-        _check_sizes(memory, self.mem_len + self.cmem_ratio - 1, self.cmem_len)
-        x, place = self.embed(tokens), Place(tokens.shape[1])
-        m, c = used_slots(memory.fill, memory.mem.shape[2]), used_slots(memory.cfill, self.cmem_len)
-        keys, alone = self.places(memory.fill, place, c, _there(memory, c, m))
-        written, queries, usage = [], [], []
-        for number, layer in enumerate(self.layers, 1):
-            slot, before = self.slot(number), x
-            front = None if slot is None else layer.keys_values(torch.cat(
-                [s[:, slot, s.shape[2] - k:] for s, k in ((memory.cmem, c), (memory.mem, m))], 1))
-            bias = partial(self.positions, keys=alone if slot is None else keys)
-            x, q, weights = layer(x, behind(front), bias)
-            if slot is None: continue
-            written.append(x if self.enhanced_recurrence else before)
-            queries.append(q.detach())
-            if self.compression == "most_used":
-                received = _received(weights.detach(), mask)[:, c:]
-                usage.append(F.pad(received, (memory.mem.shape[2] - m, 0)))
-        logits = self.to_logits(self.norm(x))
-        if not written: return Step(logits, memory, self.no_aux_loss())
-        length = None if mask is None else mask.sum(1)
-        usage = torch.stack(usage, 1) if usage else None
-        return Step(logits, *self.write(memory, torch.stack(written, 1), length, usage, queries))
-
-    def write(self, memory, new, length=None, usage=None, queries=None):
-        "The memory after `new` (b, memory layers, n, dim), `length` of them real, and aux_loss."
-        aux, ratio = self.no_aux_loss(), self.cmem_ratio
-        keep = memory.mem.shape[2] - (ratio - 1)
-        push_by_group = partial(push_out, fill=memory.fill, real=length,
-                                leave=lambda fill, n: leaving(fill, n, keep, ratio) * ratio)
-        ahead = self.compress[0].ahead if self.compress else 0
-        mem, fill, out, go = push_by_group(memory.mem, new=new, ahead=ahead)
-        if not self.compress or out is None or out.shape[2] == ahead:
-            return replace(memory, mem=mem, fill=fill), aux
+    def finish(self, segment: CompressiveSegment):
+        memory, n, total = segment.memory, segment.cursor.columns, segment.memory.mem.shape[2]
+        if not (n and self.memory_layers): return memory, self.no_aux_loss()
+        new, valid = segment.written.read(n), segment.cursor.valid(memory.mem.device)
+        length = None if valid is None else valid.sum(1)
+        leave = lambda fill, n: leaving(fill, n, self.mem_len, self.cmem_ratio) * self.cmem_ratio
+        mem, fill, out, go = push_out(memory.mem, memory.fill, new, length, leave, self.ahead)# (2)
+        if not self.compress or out is None or out.shape[2] == self.ahead:
+            return replace(memory, mem=mem, fill=fill), self.no_aux_loss()
+        usage = [None] * len(self.compress)
         if self.compression == "most_used":
-            usage = _average(usage, new.shape[2], length)[..., None].split(
-                [memory.mem.shape[2], new.shape[2]], 2)
-            usage = push_by_group(usage[0], new=usage[1])[2].squeeze(-1).unbind(1)
-        else: usage = [None] * len(self.compress)
-        made = [f(s, u) for f, s, u in zip(self.compress, out.unbind(1), usage)]
-        if queries is not None and self.aux_weight:
-            aux = self.aux_loss(queries, out, made, usage, go, length)
+            used = _average(segment.usage[..., :total + n], n, length)[..., None]
+            used = push_out(used[:, :, :total], memory.fill, used[:, :, total:], length, leave)[2]
+            usage = used.squeeze(-1).unbind(1)
+        made = [f(*each) for f, *each in zip(self.compress, out.unbind(1), usage)]            # (5)
         groups = None if isinstance(go, int) else \
-            torch.arange(made[0].shape[1], device=go.device) < (go // ratio)[:, None]
-        cmem, cfill = push(memory.cmem, memory.cfill, torch.stack(made, 1), groups)
+            torch.arange(made[0].shape[1], device=go.device) < (go // self.cmem_ratio)[:, None]
+        cmem, cfill = push(memory.cmem, memory.cfill, torch.stack(made, 1), groups)           # (3)
+        queries = [q.data for q in segment.queries if q.data.shape[2] == n]
+        aux = self._aux_loss(queries, out, made, usage, groups, valid)
         return CompressiveMemory(mem, cmem, fill, cfill), aux
 
-    def look(self, tokens: Tensor, memory: CompressiveMemory) -> list[LayerAttention]:
-        c, n, ratio = used_slots(memory.cfill, self.cmem_len), tokens.shape[1], self.cmem_ratio
-        ahead = self.compress[0].ahead if self.compress else 0
-        called, seen = calls(self.layers, lambda: self.read(tokens, memory, None)), []
-        # Tokens from a query back to the newest that the newest compressed slot stands for.
-        first = torch.arange(1, n + 1, device=tokens.device)[:, None] + memory.fill[:, None, None]
-        far = first - ahead + ratio * torch.arange(c - 1, -1, -1, device=tokens.device)
-        for number, (_, (_, _, weights)) in enumerate(called, 1):
-            slots = 0 if self.slot(number) is None else c
-            line = in_line(number, weights[..., slots:], "xl")
-            age = torch.cat([far[..., :slots], line.age[0].expand(len(tokens), -1, -1)], -1)
-            seen.append(LayerAttention(number, weights, ["compressed"] * slots + line.kinds,
-                                       age[:, None], [ratio + ahead] * slots + line.span))
-        return seen
-
-    def aux_loss(self, queries, out, made, usage, go, length):
-        "What the compression loses, averaged over the memory layers; its gradient stays there (6)."
-        layers, total = [self.layers[i - 1] for i in self.memory_layers], 0
-        for q, states, slots, used, layer, f in zip(queries, out.unbind(1), made, usage, layers,
-                                                    self.compress):
+    def _aux_loss(self, queries, out, made, usage, groups, valid):
+        "What the compression loses, averaged over the memory layers; only it is trained (6, 7)."
+        if not queries: return self.no_aux_loss()
+        total, counts, dropout = 0, groups, self.aux_dropout if self.training else 0.0
+        if groups is not None and self.aux == "attention":   # the queries of rows with a group
+            counts = groups.any(1, keepdim=True).expand(-1, queries[0].shape[2])
+            if valid is not None: counts = counts & valid
+        for i, f, q, states, slots, used in zip(self.memory_layers, self.compress, queries,
+                                                out.unbind(1), made, usage):
+            layer = self.layers[i - 1]
             if states.requires_grad: slots = f(states.detach(), used)
             states = f.groups(states.detach())
             if self.aux == "autoencoding":
-                error, real = _decoding_error(f, states, slots, layer, go)
-            else: error, real = _attention_error(q, states, slots, layer, go, length,
-                                                self.aux_dropout if self.training else 0.0)
-            total = total + _row_mean(error, real)
-        return total * (self.aux_weight / len(layers))
+                error = _decoding_loss(f, layer.norm_attention, states, slots)
+            else:
+                full, short = (layer.keys_values(x, frozen=True)
+                               for x in (states.flatten(1, 2), slots))
+                error = attention_loss(q, full, short, groups, dropout)
+            total = total + _row_mean(error, counts)
+        return total * (self.aux_weight / len(self.memory_layers))
 
-    def forward(self, x: Tensor, memories: CompressiveMemory | None = None,
+    def forward(self, x: Tensor, memories: CompressiveMemory | tuple | None = None,
                 mask: Tensor | None = None):
         "Logits (b, n, num_tokens), the memory for the next segment, already carried, and aux_loss."
+        if isinstance(memories, tuple): memories = _from_tuple(memories, self.init_memory(len(x)))
         out = self.step(x, memories, mask)
         return out.logits, carry(out.memory), out.aux_loss

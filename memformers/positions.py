@@ -48,7 +48,9 @@ class _Shift(torch.autograd.Function):
         # A hidden key has weight 0, so its gradient is 0 already.
         grads = grad.new_zeros(ctx.shape)
         far, _, near = grad.split((ctx.keys.far[2], ctx.keys.timeless, ctx.keys.near), -1)
-        for view, part in zip(_Shift.views(grads, ctx.keys), (far, near)): view.copy_(part)
+        far_view, near_view = _Shift.views(grads, ctx.keys)
+        near_view.copy_(near)
+        far_view.add_(far)   # a far key may be at the distance of a near one, if that is hidden
         return grads, None
 
 # %% ../nbs/11_positions.ipynb #6415f032

@@ -70,7 +70,7 @@ def softmax(scores):
 
 
 def split(layer, dim):
-    return layer.to_qkv.weight[:dim], layer.to_qkv.weight[dim:2 * dim], layer.to_qkv.weight[2 * dim:]
+    return layer.to_q.weight, layer.to_kv.weight[:dim], layer.to_kv.weight[dim:]
 
 
 def attend(model, layer, states, front, now):

@@ -2,10 +2,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from memformers import CompressiveTransformer, carry, generate, reset
-from memformers.compressive import _places, _there, attention_loss, leaving, push_out
-from memformers.layers import KeyPlaces, Place
+from memformers.attention import Keys
+from memformers.compressive import _keys, attention_loss, leaving, push_out
 
 close = torch.testing.assert_close
 
@@ -138,16 +139,25 @@ def test_a_distance_has_one_vector_from_the_first_segment_on():
             close(own, (q[:, :, back:] * positions.vectors[None, :, :, -1 - back, None].mT).sum(-1))
 
 
+def keys_after(model, memory, n):
+    """What the next n tokens read in a layer with memory."""
+    segment = model.begin(memory)
+    span, front = segment.cursor.advance(n)[0], segment.caches[0].front
+    return _keys(memory, front, span, model.cmem_ratio, model.ahead, None)
+
+
 def test_compressed_slots_stand_where_the_newest_of_their_group_stood():
     model = small(cmem_ratio=3, mem_len=5, cmem_len=4)
     memory = None
     for n in (8, 8, 4): memory = carry(model.step(text(1, n), memory).memory)
     fill, c = int(memory.fill), int(memory.cfill)
-    place = Place(2)
-    keys = _places(memory.fill, place, c, _there(memory, c, fill), 3)
+    keys = keys_after(model, memory, 2)
+    unused = memory.mem.shape[2] - fill
     vector = torch.zeros(1, model.positions.vectors.shape[-1])
     model.positions.vectors.data.copy_(torch.arange(vector.shape[-1] - 1., -1, -1))   # the distance
     bias = model.positions(torch.ones(1, 2, 2, 8), keys)[0, 0] * 8 ** .5 / 8
+    assert bias[:, c:c + unused].eq(-torch.inf).all()
+    bias = torch.cat([bias[:, :c], bias[:, c + unused:]], 1)
     line = [-fill - 1 - 3 * k for k in reversed(range(c))] + list(range(-fill, 2))
     for i in range(2):
         close(bias[i, :len(line) - 1 + i], torch.tensor([float(i - t) for t in line[:len(line) - 1 + i]]))
@@ -156,9 +166,11 @@ def test_compressed_slots_stand_where_the_newest_of_their_group_stood():
 def test_rows_at_different_places_give_the_same_scores_as_rows_at_one():
     model, memory = small(cmem_ratio=3, mem_len=5, cmem_len=4), None
     for n in (8, 8, 4): memory = carry(model.step(text(1, n), memory).memory)
-    keys = _places(memory.fill, Place(4), 4, _there(memory, 4, 7), 3)
+    keys = keys_after(model, memory, 4)
+    assert keys.distance is None
     key_times = torch.cat([-1 - memory.fill - 3 * torch.arange(4).flip(0), torch.arange(-7, 4)])
-    single = KeyPlaces(0, distance=(torch.arange(4)[:, None] - key_times)[None], hidden=keys.hidden)
+    single = Keys(4, 11, (0, 1, 4), distance=(torch.arange(4)[:, None] - key_times)[None],
+                  hidden=keys.hidden)
     q = torch.randn(1, 2, 4, 8)
     a, b = model.positions(q, keys), model.positions(q, single)
     close(a, b)
@@ -198,7 +210,7 @@ def test_the_target_of_the_reconstruction_is_what_left():
 def test_the_loss_of_the_attention_by_hand():
     q, k, v, a, c = (torch.randn(1, 1, n, 4) for n in (2, 6, 6, 3, 3))
     read = lambda k, v: (q @ k.mT / 2).softmax(-1) @ v
-    close(attention_loss(q, (k, v), (a, c), 3), (read(a, c) - read(k, v)).square().mean((1, 3)))
+    close(attention_loss(q, (k, v), (a, c)), (read(a, c) - read(k, v)).square().mean((1, 3)))
 
 
 def test_memories_stay_in_their_layer():
@@ -283,6 +295,93 @@ def test_cost_does_not_grow_with_the_document():
             graph += [n for n, _ in node.next_functions]
         sizes.append(len(seen))
     assert len(set(sizes[3:])) == 1
+
+
+# adapters, old weights, tuples
+
+class Adapter(torch.nn.Module):
+    """A linear module with a low-rank change beside it, as adapters make it."""
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.linear = linear.weight, linear
+        self.down, self.up = (torch.nn.Parameter(0.3 * torch.randn(n)) for n in ((2, 16), (32, 2)))
+
+    def forward(self, x): return self.linear(x) + x @ self.down.mT @ self.up.mT
+
+
+def test_an_adapter_changes_the_keys_of_memory_and_segment_alike():
+    adapted, merged = small(), small()
+    for layer, other in zip(adapted.layers, merged.layers):
+        layer.to_kv = Adapter(layer.to_kv)
+        with torch.no_grad(): other.to_kv.weight += layer.to_kv.up @ layer.to_kv.down
+    outs = []
+    for model in (adapted, merged):
+        memory = None
+        for s in range(4):
+            out = model.step(text(seed=s), memory)
+            memory = carry(out.memory)
+        outs.append(out)
+    close(outs[0].logits, outs[1].logits)
+    close(outs[0].aux_loss, outs[1].aux_loss)
+    outs[0].aux_loss.backward()
+    assert adapted.layers[0].to_kv.up.grad is None
+
+
+def test_weights_of_version_0_1_are_loaded(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    old = dict(model.state_dict())
+    for i in range(2):
+        parts = [old.pop(f"layers.{i}.{name}.weight") for name in ("to_q", "to_kv")]
+        old[f"layers.{i}.to_qkv.weight"] = torch.cat(parts)
+    save_file(old, tmp_path / "model.safetensors")
+    again = CompressiveTransformer.from_pretrained(tmp_path)
+    close(again.step(text()).logits, model.eval().step(text()).logits)
+
+
+def test_a_memory_may_be_passed_as_a_tuple():
+    model, memory = small(), None
+    close(model(text(), memories=(None, None))[0], model(text())[0])
+    for n in (8, 3, 8):
+        memory = model(text(length=n), memories=memory)[1]
+        mem, cmem = memory
+        for given in ((mem, cmem), (mem[:, :, -int(memory.fill[0]):], cmem)):
+            logits, after, _ = model(text(seed=9), memories=given)
+            want, as_value, _ = model(text(seed=9), memories=memory)
+            close(logits, want)
+            for x, y in zip(after, as_value): close(x, y)
+            assert after.fill.equal(as_value.fill) and after.cfill.equal(as_value.cfill)
+    assert memory.compressed_mem is memory.cmem is memory[1]
+    assert model(text(), memories=(mem, None))[1].cfill.tolist() == [4, 4]
+    for wrong in ((mem,), (mem.transpose(0, 1)[:1], None), (mem[0], cmem), ("mem", None)):
+        with pytest.raises(ValueError, match="memories must be a"): model(text(), memories=wrong)
+
+
+# the auxiliary loss of pieces
+
+@pytest.mark.parametrize("options", [dict(), dict(compression="most_used"),
+                                     dict(aux="autoencoding", memory_layers=[2])], ids=str)
+def test_pieces_of_a_segment_have_the_loss_of_the_whole(options):
+    model, memory = small(**options), None
+    for s in range(2): memory = carry(model.step(text(seed=s), memory).memory)
+    mask = torch.arange(8) < torch.tensor([[8], [5]])
+    whole, segment = model.step(text(seed=3), memory, mask), model.begin(memory)
+    for part in torch.arange(8).split(3):
+        _, segment = model.extend(segment, text(seed=3)[:, part], mask[:, part])
+    after, aux = model.finish(segment)
+    assert aux > 0
+    close(aux, whole.aux_loss)
+    for x, y in zip(after, whole.memory): close(x, y)
+
+
+def test_without_a_graph_there_is_no_auxiliary_loss():
+    model, memory = small(), None
+    for s in range(3): memory = carry(model.step(text(seed=s), memory).memory)
+    with torch.no_grad(): assert model.step(text(), memory).aux_loss == 0
+    segment = model.begin(memory)
+    with torch.no_grad(): _, segment = model.extend(segment, text(length=3))
+    _, segment = model.extend(segment, text(length=3))   # with a part of the queries only
+    assert model.finish(segment)[1] == 0
 
 
 # bad input
