@@ -80,7 +80,7 @@ def test_the_demo_in_small(model, tmp_path, capsys):
     ("train transformer_xxl", "no model is called"),
     ("train transformer_xl_tiny --corpus /nowhere/at/all", "/nowhere/at/all"),
     ("train transformer_xl_tiny --options mem_len", "name=value"),
-    ("train transformer_xl_tiny --options positions=alibi", "'xl' or 't5'"),
+    ("train transformer_xl_tiny --options positions=alibi", "'xl', 't5'"),
     ("train transformer_xl_tiny --options mem_len=big", "mem_len takes int"),
     ("train transformer_xl_tiny --options mem_len=1.5", "mem_len takes int"),
     ("train transformer_xl_tiny --options memlen=5", "no 'memlen'; it has num_tokens"),
