@@ -6,6 +6,7 @@
 __all__ = ['atomic_write', 'save_memory', 'load_memory', 'read_config']
 
 # %% ../nbs/01_files.ipynb #643d0c77
+import copy
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .memory import _values, is_memory
@@ -192,7 +193,9 @@ def _fit_weights(path, model):
 def _differences(model, found):
     "Names that are missing, names that are unknown, and wrong shapes; nothing is loaded."
     # Loading into a model without storage also runs the hooks that read older files.
-    with torch.device("meta"): draft = type(model)(**model._arguments)
+    empty = lambda t: torch.empty_like(t, device="meta")
+    same = {id(p): nn.Parameter(empty(p), False) for p in model.parameters()}
+    draft = copy.deepcopy(model, same | {id(t): empty(t) for t in model.buffers()})
     tensors = {k: torch.empty(shape, dtype=dtype, device="meta")
                for k, (shape, dtype) in found.items()}
     try: missing, unknown = draft.load_state_dict(tensors, strict=False)
