@@ -7,6 +7,7 @@ __all__ = ['slots', 'shared', 'grows', 'full_precision', 'fields', 'is_memory', 
            'carry', 'batch_size', 'reset', 'select', 'put', 'clone', 'cast', 'nbytes', 'shuffle', 'check_memory']
 
 # %% ../nbs/00_memory.ipynb #6da8c4d3
+import inspect
 from dataclasses import dataclass, field
 from dataclasses import fields as _dataclass_fields
 
@@ -104,6 +105,10 @@ def memory_state(cls):
     cls = dataclass(frozen=True, eq=False, repr=False)(cls)
     cls._memory_fields = _dataclass_fields(cls)
     # Libraries that cast the tensors of every dataclass (FSDP) must not recognise this one.
+    # Documentation asks for the source of a constructor; a generated one has none.
+    init = cls.__init__
+    def __init__(self, *args, **kwargs): init(self, *args, **kwargs)
+    __init__.__signature__, cls.__init__ = inspect.signature(init), __init__
     del cls.__dataclass_fields__
     cls.__replace__ = replace
     common = [f.name for f in fields(cls) if "shared" in f.metadata]
