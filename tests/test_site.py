@@ -288,7 +288,7 @@ def test_search_finds_a_page(site, look):
     page.keyboard.type("load_memory")
     page.wait_for_selector(".results a")
     page.keyboard.press("Enter")
-    page.wait_for_url("**/memory.html#load_memory")
+    page.wait_for_url("**/files.html#load_memory")
     page.fill(".search input", "nosuchword")
     page.wait_for_selector("text=Nothing found.")
     assert not complaints
