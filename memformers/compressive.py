@@ -18,7 +18,7 @@ from .attention import (Buffer, Cursor, Keys, Span, check_choice, check_dropout,
                                   check_heads, check_layers, check_numbers, check_sizes, distances,
                                   keys_of, recording, same_in_all, used_slots)
 from .gates import GATES, GatedLayer
-from .memory import carry, filled, memory_state, push, replace, slots
+from .memory import carry, filled, memory_state, push, replace, shared, slots
 from .model import MemoryLM, init_weights
 from .positions import LearnedPositions
 
@@ -244,6 +244,7 @@ class CompressiveSegment:
     written: Buffer           # (b, memory layers, columns, dim) states for the memory
     queries: list             # of each memory layer, for (6): (b, heads, columns, dim_head)
     usage: Tensor             # (b, memory layers, m + capacity) attention received ("most_used")
+    whole: bool = shared()    # is it read at once, as in a step?
 
 # %% ../nbs/21_compressive.ipynb #c62c24ba
 class CompressiveTransformer(MemoryLM):
@@ -326,7 +327,7 @@ class CompressiveTransformer(MemoryLM):
 
     def begin(self, memory: CompressiveMemory, capacity: int | None = None):
         _check_shape(memory, self.mem_len + self.cmem_ratio - 1, self.cmem_len)
-        (b, layers, total, _), capacity = memory.mem.shape, capacity or self.seq_len
+        b, layers, total, _ = memory.mem.shape
         # After compressed slots all of `mem` is read, so that the caches of rows line up.
         c = used_slots(memory.cfill, self.cmem_len)
         m = total if c else used_slots(memory.fill, total)
@@ -336,10 +337,11 @@ class CompressiveTransformer(MemoryLM):
         caches = [layer.open(fronts.get(i, empty)) for i, layer in enumerate(self.layers, 1)]
         queries = [Buffer(caches[i - 1].k.data[:, :, :0].detach(), 0)
                    for i in self.memory_layers if self.compress and self.aux_weight]
-        used = total + capacity if self.compression == "most_used" else 0
-        return CompressiveSegment(memory, Cursor.start(b, capacity), caches,
+        used = total + (capacity or self.seq_len) if self.compression == "most_used" else 0
+        return CompressiveSegment(memory, Cursor.start(b, capacity or self.seq_len), caches,
                                   Buffer(memory.mem.new_empty(b, layers, 0, self.dim), 0),
-                                  queries, memory.mem.new_zeros(b, layers, used))
+                                  queries, memory.mem.new_zeros(b, layers, used),
+                                  capacity is not None)
 
     def extend(self, segment: CompressiveSegment, tokens: Tensor, mask: Tensor | None = None):
         x, caches, states, queries = self.embed(tokens), [], [], []
@@ -360,10 +362,10 @@ class CompressiveTransformer(MemoryLM):
         states = states[1:] + [x] if self.enhanced_recurrence else states
         pick = lambda of_layers: [of_layers[i - 1] for i in self.memory_layers]
         written = segment.written.append(torch.stack(pick(states), 1), span)
-        # The loss needs all queries of the segment; without a graph there is nothing to train.
-        graph = torch.is_grad_enabled() and all(old.data.shape[2] == span.before
-                                                for old in segment.queries)
-        queries = [old.append(q, span) if graph else old
+        # The loss needs all queries of the segment. Generation, token by token, has no use for it.
+        wanted = (segment.whole or torch.is_grad_enabled()) and \
+            all(old.data.shape[2] == span.before for old in segment.queries)
+        queries = [old.append(q, span) if wanted else old
                    for old, q in zip(segment.queries, pick(queries))]
         usage = segment.usage
         if seen: usage = usage + _received([layer.weights for layer in pick(seen)], mask, span,

@@ -151,8 +151,8 @@ def test_refusals(call, error, message):
 
 
 def test_refused_prints_the_error_and_fails_where_there_is_none(capsys):
-    def fails(): raise OSError("/tmp/a/b is full")
-    refused(fails, hide="/tmp/a")
+    def fails(): raise OSError("/data/a/b is full")
+    refused(fails, hide="/data/a")
     assert capsys.readouterr().out == "OSError: …/b is full\n"
     with pytest.raises(AssertionError, match="nothing was refused"): refused(lambda: None)
 
