@@ -292,8 +292,14 @@ def recording():
     try: yield _RECORDS[-1]
     finally: _RECORDS.pop()
 
-def record(weights: Tensor, kinds, age: Tensor):
-    "Add weights (b, heads, n, keys) to what is being recorded; `kinds` as in `Keys`."
+def record(weights: Tensor, kinds, age: Tensor, state: Tensor | None = None):
+    """Add weights (b, heads, n, keys) to what is being recorded; `kinds` as in `Keys`.
+
+    `state` (b or 1, heads, 1, 1) is the share of a matrix state that is read beside the keys.
+    """
+    if state is not None:
+        weights = torch.cat([state.expand(*weights.shape[:3], 1), weights * (1 - state)], -1)
+        kinds, age = (("state", 1, 0), *kinds), F.pad(age, (1, 0))
     names = [name for name, count, _ in kinds for _ in range(count)]
     spans = [span for _, count, span in kinds for _ in range(count)]
     for records in _RECORDS:
@@ -326,6 +332,7 @@ def attend(
     dropout: float = 0.0,       # on the weights
     keys: Keys | None = None,   # what the keys are, for `recording`
     scale: float | None = None, # of the products; None: 1 / √d
+    state: Tensor | None = None, # for `recording`: the share of a state that is read beside them
 ) -> Tensor:                    # (b, h, n, d)
     "Attention (2): the mean of the values, weighted by the softmax of the scores."
     learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
@@ -338,7 +345,7 @@ def attend(
         if bias is not None: bias = bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).view(shape)
     weights = attention_weights(q, k, bias, scale)
-    if _RECORDS: record(weights, keys.kinds, keys.ages(q.device)[:, None])
+    if _RECORDS: record(weights, keys.kinds, keys.ages(q.device)[:, None], state)
     weights = F.dropout(weights, dropout).to(v.dtype)
     return (weights.reshape(len(k), k.shape[1], -1, k.shape[2]) @ v).view(q.shape)
 

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['slots', 'shared', 'grows', 'full_precision', 'fields', 'is_memory', 'replace', 'memory_state', 'filled', 'push',
-           'carry', 'batch_size', 'reset', 'select', 'put', 'clone', 'cast', 'nbytes', 'shuffle', 'check_memory']
+           'carry', 'batch_size', 'reset', 'select', 'put', 'clone', 'cast', 'without_autocast', 'nbytes', 'shuffle',
+           'check_memory']
 
 # %% ../nbs/00_memory.ipynb #6da8c4d3
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from dataclasses import fields as _dataclass_fields
 
@@ -35,7 +37,7 @@ def grows(
     return field(metadata={"grows": dim})
 
 def full_precision():
-    "A field that `cast` leaves in its own type, because the model computes it in float32."
+    "A field that is never less than float32, because a model sums over a whole text in it."
     return field(metadata={"full_precision": True})
 
 class _Shared:
@@ -272,8 +274,9 @@ def _cast(value, dtype, device):
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None)
     if not is_memory(value): return value
+    exact = dtype and torch.promote_types(dtype, torch.float32)
     return replace(value, **{
-        f.name: _cast(getattr(value, f.name), None if "full_precision" in f.metadata else dtype,
+        f.name: _cast(getattr(value, f.name), exact if "full_precision" in f.metadata else dtype,
                       device) for f in fields(value)})
 
 def cast(
@@ -286,6 +289,13 @@ def cast(
         raise TypeError(f"dtype must be a floating type such as torch.bfloat16; got {dtype!r}")
     if not is_memory(memory): raise TypeError(_not_a_memory(memory))
     return _cast(memory, dtype, device)
+
+# %% ../nbs/00_memory.ipynb #7c1d2e91
+def without_autocast(device):
+    "A context in which products are computed in the type of their inputs, on any device."
+    kind = torch.device(device).type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) \
+        else nullcontext()
 
 # %% ../nbs/00_memory.ipynb #8b1258c4
 def _values(memory, prefix=""):

@@ -412,7 +412,11 @@ def test_half_precision(mechanism):
     model = model.bfloat16()
     logits, memory = read(model, text(3, 3 * N))
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
-    assert all(x.dtype == torch.bfloat16 for x in leaves(memory) if x.is_floating_point())
+    for state in states(memory):
+        for f in fields(state):
+            x, exact = getattr(state, f.name), "full_precision" in f.metadata
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                assert x.dtype == (torch.float32 if exact else torch.bfloat16)
 
 
 @each
@@ -486,10 +490,14 @@ def test_fully_shard_leaves_a_memory_alone(mechanism, mesh):
         out = step(text(seed=i), memory)
         memory = carry(out.memory)
         out.logits.float().sum().backward()
-    assert all(x.dtype == torch.bfloat16 for x in leaves(memory) if x.is_floating_point())
-    # Inside, the model is bfloat16. A float32 memory arrives as float32, and is refused as such.
-    with pytest.raises(ValueError, match="must be torch.bfloat16.*got torch.float32"):
-        step(text(), cast(memory, dtype=torch.float32))
+    for state in states(memory):
+        for f in fields(state):
+            x, exact = getattr(state, f.name), "full_precision" in f.metadata
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                assert x.dtype == (torch.float32 if exact else torch.bfloat16)
+    # Inside, the model is bfloat16. A memory of another type arrives as it is, and is refused.
+    with pytest.raises(ValueError, match=r"must be torch\.(bfloat16|float32).*got torch.float64"):
+        step(text(), cast(memory, dtype=torch.float64))
 
 
 @memory_state
@@ -511,8 +519,9 @@ def test_a_float32_state_stays_float32(mesh):
     """Whatever wraps the model: FSDP2, Accelerate, autocast, and a cast of the memory."""
     from accelerate import Accelerator
     fresh = Sums(torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.bfloat16))
-    assert cast(fresh, dtype=torch.float64).total.dtype == torch.float32
-    assert cast(fresh, dtype=torch.float64).mem.dtype == torch.float64
+    for dtype, total in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        assert cast(fresh, dtype=dtype).total.dtype == total
+        assert cast(fresh, dtype=dtype).mem.dtype == dtype
     for module in (sharded(Summing(), mesh),
                    Accelerator(cpu=True, mixed_precision="bf16").prepare(Summing())):
         memory = fresh
