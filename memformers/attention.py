@@ -80,8 +80,8 @@ class Span(NamedTuple):
         size, end = old.shape[-2], front + self.end
         copy = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if copy or size < end and self.end == self.capacity:
-            line = torch.cat([old[..., :front + self.before, :].to(new.dtype), new], -2) \
-                if front + self.before else new
+            used = front + (self.before if self.start is None else self.start)
+            line = torch.cat([old[..., :used, :].to(new.dtype), new], -2) if used else new
             return line if self.start is not None else self._align(line, front)
         if size < end: old = F.pad(old, (0, 0, 0, front + self.capacity - size))
         if self.start is not None:

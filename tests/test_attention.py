@@ -88,6 +88,18 @@ def test_a_cache_holds_rows_at_their_own_places():
     assert torch.equal(picked, k[[1, 1, 0]])
 
 
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_a_piece_follows_padding_that_all_rows_have(keep_graph):
+    """Three real tokens of five in every row: the next piece begins at column three."""
+    new = torch.arange(16.).view(2, 1, 8, 1)
+    with torch.set_grad_enabled(keep_graph):
+        span, cursor = Cursor.start(2, 8).advance(5, torch.arange(5).expand(2, 5) < 3)
+        cache = KVCache.open(*torch.zeros(2, 2, 1, 1, 1)).append(new[:, :, :5], new[:, :, :5], span)
+        span, _ = cursor.advance(3)
+        k, _ = cache.append(new[:, :, 5:], new[:, :, 5:], span).read(span)
+    assert k[:, 0, 1:, 0].tolist() == [[0, 1, 2, 5, 6, 7], [8, 9, 10, 13, 14, 15]]
+
+
 def test_an_open_segment_is_not_overfilled():
     _, cursor = Cursor.start(2, 4).advance(3)
     with pytest.raises(ValueError, match="4 tokens"): cursor.advance(2)
