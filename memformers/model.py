@@ -197,11 +197,12 @@ class MemoryLM(nn.Module, _Files, ABC):
     @torch.no_grad()
     def attention_weights(self, tokens: Tensor, memory=None) -> list[LayerAttention]:
         "How each token of a segment (b, n) attends in each layer, to the memory and the segment."
-        if hasattr(self, "look"):
-            check_step(self, tokens, memory, None)
-            if memory is None: memory = self.init_memory(len(tokens))
-            with evaluating(self): return self.look(tokens, memory)
-        with evaluating(self), recording() as layers: self.step(tokens, memory)
+        check_step(self, tokens, memory, None)
+        if memory is None: memory = self.init_memory(len(tokens))
+        with evaluating(self):
+            if hasattr(self, "look"): return self.look(tokens, memory)
+            segment = self.begin(memory, tokens.shape[1])
+            with recording() as layers: self.extend(segment, as_ids(tokens))
         return layers
 
     def embed(self, tokens: Tensor) -> Tensor:
