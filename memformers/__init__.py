@@ -11,5 +11,6 @@ from .memory import carry, cast, clone, nbytes, reset, select
 from .memory_transformer_xl import MemoryTransformerXL
 from .generate import Reader, generate, stream
 from .model import MemoryLM, Step
+from .recurrent_memory import RecurrentMemoryTransformer
 from .transformer_xl import TransformerXL
 from .wrapper import AutoregressiveWrapper

@@ -102,6 +102,7 @@ def train(
     steps: int = 1000,           # updates of the weights
     batch_size: int = 16,        # rows read for one update
     segments: int = 0,           # segments that gradients reach back; 0: as the model asks
+    curriculum: int = 0,         # updates in which the segments grow from 1; 0: all at once
     accumulate: int = 1,         # parts that the rows are read in, one after the other
     lr: float = 1e-3,            # highest learning rate
     min_lr: float = 0.1,         # learning rate at the end, as a fraction of lr
@@ -118,8 +119,9 @@ def train(
     "Train a model on a corpus, or go on with a run that was stopped."
     if _at_least("cut", cut, 0) == 1: raise ValueError("cut: expected 0 or at least 2, got 1")
     settings = TrainOptions(
-        steps=steps, batch_size=batch_size, segments=segments or None, accumulate=accumulate,
-        lr=lr, min_lr=min_lr, warmup=min(warmup, steps), weight_decay=weight_decay, clip=clip,
+        steps=steps, batch_size=batch_size, segments=segments or None,
+        curriculum=curriculum or None, accumulate=accumulate, lr=lr, min_lr=min_lr,
+        warmup=min(warmup, steps), weight_decay=weight_decay, clip=clip,
         seed=seed, mixed_precision=mixed_precision, save_every=save_every, log_every=log_every,
         tensorboard=tensorboard, cpu=cpu)
     torch.manual_seed(seed)

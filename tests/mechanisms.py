@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from memformers import (CompressiveTransformer, FeedbackTransformer, MemorizingTransformer,
-                        MemoryTransformerXL, TransformerXL)
+                        MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
 
 SIZES = dict(num_tokens=17, dim=12, depth=3, heads=3, seq_len=5)
 N, KNN = SIZES["seq_len"], dict(dim_head=4, memorizing_layers=[2])
@@ -105,6 +105,13 @@ MECHANISMS = [
               max_knn_memories=4, xl_max_memories=3, memorizing_layers=[1, 2],
               xl_memory_layers=[2, 3], shift_xl_memories_down=1, num_retrieved_memories=3,
               gate="network", clear_memories_on_sos_token_id=9), gradient="part"),
+    Mechanism("recurrent_memory", RecurrentMemoryTransformer, dict(num_memory_tokens=3)),
+    Mechanism("recurrent_memory_one", RecurrentMemoryTransformer, dict(
+              num_memory_tokens=1, ff_glu=True, emb_dim=8, tie_embeddings=True)),
+    Mechanism("recurrent_memory_hybrid", RecurrentMemoryTransformer, dict(
+              num_memory_tokens=2, mem_len=7), gradient="part"),
+    Mechanism("recurrent_memory_read_only", RecurrentMemoryTransformer, dict(
+              num_memory_tokens=2, mem_len=3, read_only=True), gradient="none"),
 ]
 
 

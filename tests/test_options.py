@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from memformers import (CompressiveTransformer, FeedbackTransformer, MemorizingTransformer,
-                        MemoryTransformerXL, TransformerXL, carry)
+                        MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL, carry)
 
 SMALL = dict(num_tokens=13, dim=8, depth=3, heads=2)
 DROPOUT = dict(attn_dropout=0.5, ff_dropout=0.5, emb_dropout=0.5)
@@ -37,6 +37,9 @@ MODELS = {
                        clear_memories_on_sos_token_id=3, clear_memories_on_eos_token_id=3,
                        gate="sigmoid", knn_position_bias=False, normalize_all=True,
                        output_gate=True)),
+    RecurrentMemoryTransformer: (
+        dict(SMALL, seq_len=4, num_memory_tokens=2, mem_len=4), DROPOUT | dict(
+        attn_layer_dropout=0.5, num_memory_tokens=3, mem_len=3, read_only=True)),
 }
 CASES = [(cls, option, value) for cls, (_, options) in MODELS.items()
          for option, value in options.items()]

@@ -26,7 +26,8 @@ from memformers.data import Corpus, DocumentStream
 from memformers.memory import replace
 from memformers.tasks import TaskStream, copy_task
 from memformers.train import (NonFiniteLoss, Trainer, TrainOptions, _Unroll, latest_checkpoint,
-                              learn, learning_rate, parameter_groups, read_metrics, train)
+                              learn, learning_rate, parameter_groups, read_metrics, segments_at,
+                              train)
 from memformers.zoo import create
 
 FAST = dict(cpu=True, progress=False, batch_size=4, save_every=5, log_every=3, warmup=3)
@@ -308,6 +309,49 @@ def test_weights_that_get_no_gradient_are_named_once(tmp_path, recwarn):
     assert not [w for w in recwarn if "no gradient" in str(w.message)]
     with pytest.warns(UserWarning, match="no gradient in 3 updates.*written"):
         learn(writer(), DocumentStream(letters(), 4, 6), steps=3, segments=1)
+
+
+# Segments that grow
+
+def test_segments_grow_in_stages_of_equal_length():
+    plan = TrainOptions(segments=3, curriculum=9)
+    assert [segments_at(step, plan) for step in range(11)] == [1] * 3 + [2] * 3 + [3] * 5
+    assert segments_at(0, TrainOptions(segments=3)) == 3
+    assert [segments_at(i, TrainOptions(segments=5, curriculum=2)) for i in range(3)] == [1, 3, 5]
+    assert {segments_at(i, TrainOptions(segments=1, curriculum=7)) for i in range(9)} == {1}
+
+
+def test_each_update_reads_as_many_segments_as_the_plan_says(tmp_path):
+    run, seen = trainer(tmp_path, steps=8, segments=3, curriculum=6), []
+    update = run.learner.update
+    run.learner.update = lambda segments, step, asked: (
+        seen.append(len(segments)), update(segments, step, asked))[1]
+    run.run()
+    assert seen == [1, 1, 2, 2, 3, 3, 3, 3]
+    drawn = []
+    class Counted(DocumentStream):
+        def __next__(self):
+            drawn.append(1)
+            return super().__next__()
+    learn(small(), Counted(letters(), 4, 6), steps=8, segments=3, curriculum=6)
+    assert len(drawn) == sum(seen)
+
+
+@pytest.mark.parametrize("at", [2, 5, 8])
+def test_a_run_with_a_curriculum_resumes_exactly(tmp_path, at):
+    """Stopped within a stage, at the end of one, and when all are over."""
+    plan = dict(steps=10, segments=3, curriculum=7, model=small(dropout=0.2))
+    whole = trainer(tmp_path / "whole", **plan).run()
+    plan["model"] = small(dropout=0.2)
+    stopped = before_update(trainer(tmp_path / "a", **plan), at, lambda: signal.raise_signal(signal.SIGINT))
+    assert stopped.run().interrupted and stopped.step == at + 1
+    assert same_runs(trainer(tmp_path / "a", **plan | dict(model=small(dropout=0.2))).run(), whole)
+
+
+def test_a_writer_is_not_named_while_its_segments_still_grow(tmp_path, recwarn):
+    trainer(tmp_path, writer(), steps=60, segments=2, curriculum=50).run()
+    learn(writer(), DocumentStream(letters(), 4, 6), steps=60, segments=2, curriculum=50)
+    assert not [w for w in recwarn if "no gradient" in str(w.message)]
 
 
 # The loop of a lesson

@@ -1,8 +1,8 @@
-"""Constructors of the five models: sizes, layers, dropouts and choices that mean nothing."""
+"""Constructors of the models: sizes, layers, dropouts and choices that mean nothing."""
 from functools import partial
 
 from memformers import (CompressiveTransformer, FeedbackTransformer, MemorizingTransformer,
-                        MemoryTransformerXL, TransformerXL)
+                        MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
 from refusals.common import refusals
 
 SMALL = dict(num_tokens=17, dim=8, depth=2, heads=2)
@@ -13,6 +13,7 @@ MODELS = {
     "FeedbackTransformer": partial(FeedbackTransformer, **SMALL, seq_len=2, dim_head=4),
     "MemorizingTransformer": partial(MemorizingTransformer, **SMALL, seq_len=4, dim_head=4,
                                      max_knn_memories=8),
+    "RecurrentMemoryTransformer": partial(RecurrentMemoryTransformer, **SMALL, seq_len=4),
 }
 SIZE = (0, -1, 1.5, "8")     # of what must be an integer of 1 or more
 OPTIONAL = (0, 1.5, "8")     # the same, where None has a meaning
@@ -29,10 +30,11 @@ for name in MODELS:
     if name != "MemorizingTransformer": BAD[name] |= dict(mem_len=LENGTH)
     if name in ("FeedbackTransformer", "MemorizingTransformer"): BAD[name] |= dict(dim_head=SIZE)
     if name not in ("FeedbackTransformer", "MemorizingTransformer"):
-        BAD[name] |= dict(memory_layers=LAYERS, attn_layer_dropout=DROPOUT)
+        BAD[name] |= dict(attn_layer_dropout=DROPOUT)
+        if name != "RecurrentMemoryTransformer": BAD[name] |= dict(memory_layers=LAYERS)
     if name in ("CompressiveTransformer", "MemoryTransformerXL"):
         BAD[name] |= dict(gate=("lstm", None), gate_bias=("one", float("nan")))
-    else: BAD[name] |= dict(ff_mult=FF)
+    elif name != "RecurrentMemoryTransformer": BAD[name] |= dict(ff_mult=FF)
 
 BAD["TransformerXL"] |= dict(dim_head=OPTIONAL, positions=("rope", None), clamp_len=OPTIONAL)
 BAD["CompressiveTransformer"] |= dict(
@@ -42,6 +44,7 @@ BAD["CompressiveTransformer"] |= dict(
 BAD["MemoryTransformerXL"] |= dict(
     lmem_len=LENGTH, mem_write_iters=SIZE, num_mem_kv=LENGTH, mem_heads=(-1, 3, 1.5),
     mem_attention=("cosine", None))
+BAD["RecurrentMemoryTransformer"] |= dict(num_memory_tokens=SIZE)
 BAD["FeedbackTransformer"] |= dict(
     positions=("rope", None), solver=("newton", None), gradient=("none", None),
     tol=(-1, "small", float("nan")), max_passes=SIZE, block_len=SIZE, segment_len=SIZE)
@@ -55,5 +58,6 @@ BAD["MemorizingTransformer"] |= dict(
 
 ROWS = [row for name, arguments in BAD.items() for argument, bad in arguments.items()
         for row in refusals(name, MODELS[name], argument, *bad)]
-ROWS += [row for name in ("TransformerXL", "CompressiveTransformer", "MemoryTransformerXL")
+ROWS += [row for name in ("TransformerXL", "CompressiveTransformer", "MemoryTransformerXL",
+                          "RecurrentMemoryTransformer")
          for row in refusals(name, MODELS[name], "heads", 3)]

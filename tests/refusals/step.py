@@ -42,7 +42,8 @@ MASKS = {
 OTHER = {"TransformerXL": "CompressiveTransformer", "CompressiveTransformer": "MemoryTransformerXL",
          "MemoryTransformerXL": "FeedbackTransformer",
          "FeedbackTransformer": "MemorizingTransformer",
-         "MemorizingTransformer": "TransformerXL"}
+         "MemorizingTransformer": "RecurrentMemoryTransformer",
+         "RecurrentMemoryTransformer": "TransformerXL"}
 MEMORIES = {
     "of fewer rows": lambda name: memory(name, 1), "of more rows": lambda name: memory(name, 3),
     "of no rows": lambda name: select(memory(name), []),

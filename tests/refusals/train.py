@@ -17,7 +17,8 @@ from refusals.common import REFUSED, Refusal, refusals
 NAN = float("nan")
 COUNT, NUMBER = (0, -1, 1.5, "8", True, None), (-1, "one", NAN, math.inf, True)
 ROWS = [row for argument, bad in dict(
-    steps=COUNT, batch_size=COUNT, segments=COUNT[:-1], accumulate=COUNT, save_every=COUNT,
+    steps=COUNT, batch_size=COUNT, segments=COUNT[:-1], curriculum=COUNT[:-1],
+    accumulate=COUNT, save_every=COUNT,
     keep=COUNT, log_every=COUNT, warmup=(-1, 1.5, "8", None), seed=(-1, 1.5, "8", None),
     lr=(0, *NUMBER, None), min_lr=(*NUMBER, 1.5, None), clip=(0, *NUMBER),
     weight_decay=(*NUMBER, None), aux_weight=(*NUMBER, None),
@@ -48,7 +49,8 @@ def call_train(at, **o):
 
 for argument, bad in dict(
         model=(None, "xl", torch.nn.Linear(2, 2)), stream=(None, [1, 2], CORPUS),
-        steps=COUNT, lr=(0, -1, "one"), segments=(0, 1.5), warmup=(-1, "8"), min_lr=(2, NAN),
+        steps=COUNT, lr=(0, -1, "one"), segments=(0, 1.5), curriculum=(0, 1.5),
+        warmup=(-1, "8"), min_lr=(2, NAN),
         clip=(0, -1, "one")).items():
     ROWS += refusals("learn", call_learn, argument, *bad)
 for argument, bad in dict(
