@@ -5,6 +5,7 @@ from .compressive import CompressiveTransformer
 from .data import ByteTokenizer, load_corpus
 from .feedback import FeedbackTransformer
 from .files import load_memory, save_memory
+from .infini import InfiniTransformer
 from .knn_memory import KNNMemory, KNNMemoryList
 from .memorizing import KNNAttention, MemorizingTransformer
 from .memory import carry, cast, clone, nbytes, reset, select

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memformers import (CompressiveTransformer, FeedbackTransformer, MemorizingTransformer,
-                        MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
+from memformers import (CompressiveTransformer, FeedbackTransformer, InfiniTransformer,
+                        MemorizingTransformer, MemoryTransformerXL,
+                        RecurrentMemoryTransformer, TransformerXL)
 
 SIZES = dict(num_tokens=17, dim=12, depth=3, heads=3, seq_len=5)
 N, KNN = SIZES["seq_len"], dict(dim_head=4, memorizing_layers=[2])
@@ -112,6 +113,10 @@ MECHANISMS = [
               num_memory_tokens=2, mem_len=7), gradient="part"),
     Mechanism("recurrent_memory_read_only", RecurrentMemoryTransformer, dict(
               num_memory_tokens=2, mem_len=3, read_only=True), gradient="none"),
+    Mechanism("infini", InfiniTransformer),
+    Mechanism("infini_segment", InfiniTransformer, dict(delta="segment", memory_layers=[1, 3],
+              dim_head=5, ff_glu=True, emb_dim=8, tie_embeddings=True)),
+    Mechanism("infini_token", InfiniTransformer, dict(delta="token", gate_rate=1.0)),
 ]
 
 

@@ -1,8 +1,9 @@
 """Constructors of the models: sizes, layers, dropouts and choices that mean nothing."""
 from functools import partial
 
-from memformers import (CompressiveTransformer, FeedbackTransformer, MemorizingTransformer,
-                        MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
+from memformers import (CompressiveTransformer, FeedbackTransformer, InfiniTransformer,
+                        MemorizingTransformer, MemoryTransformerXL,
+                        RecurrentMemoryTransformer, TransformerXL)
 from refusals.common import refusals
 
 SMALL = dict(num_tokens=17, dim=8, depth=2, heads=2)
@@ -14,7 +15,9 @@ MODELS = {
     "MemorizingTransformer": partial(MemorizingTransformer, **SMALL, seq_len=4, dim_head=4,
                                      max_knn_memories=8),
     "RecurrentMemoryTransformer": partial(RecurrentMemoryTransformer, **SMALL, seq_len=4),
+    "InfiniTransformer": partial(InfiniTransformer, **SMALL, seq_len=4),
 }
+QUEUES = ("TransformerXL", "CompressiveTransformer", "MemoryTransformerXL")
 SIZE = (0, -1, 1.5, "8")     # of what must be an integer of 1 or more
 OPTIONAL = (0, 1.5, "8")     # the same, where None has a meaning
 LENGTH = (-1, 1.5, "8")      # of an integer of 0 or more
@@ -26,12 +29,13 @@ FF = (0, -1, "4", float("nan"))
 BAD = {name: dict(num_tokens=SIZE, dim=SIZE, depth=SIZE, heads=SIZE, seq_len=SIZE,
                   emb_dim=OPTIONAL, emb_dropout=DROPOUT, attn_dropout=DROPOUT, ff_dropout=DROPOUT)
        for name in MODELS}
+for name in (*QUEUES, "FeedbackTransformer", "RecurrentMemoryTransformer"):
+    BAD[name] |= dict(mem_len=LENGTH)
+for name in ("FeedbackTransformer", "MemorizingTransformer"): BAD[name] |= dict(dim_head=SIZE)
+for name in (*QUEUES, "InfiniTransformer"): BAD[name] |= dict(memory_layers=LAYERS)
+for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer"):
+    BAD[name] |= dict(attn_layer_dropout=DROPOUT)
 for name in MODELS:
-    if name != "MemorizingTransformer": BAD[name] |= dict(mem_len=LENGTH)
-    if name in ("FeedbackTransformer", "MemorizingTransformer"): BAD[name] |= dict(dim_head=SIZE)
-    if name not in ("FeedbackTransformer", "MemorizingTransformer"):
-        BAD[name] |= dict(attn_layer_dropout=DROPOUT)
-        if name != "RecurrentMemoryTransformer": BAD[name] |= dict(memory_layers=LAYERS)
     if name in ("CompressiveTransformer", "MemoryTransformerXL"):
         BAD[name] |= dict(gate=("lstm", None), gate_bias=("one", float("nan")))
     elif name != "RecurrentMemoryTransformer": BAD[name] |= dict(ff_mult=FF)
@@ -55,9 +59,11 @@ BAD["MemorizingTransformer"] |= dict(
     clear_memories_on_eos_token_id=(-1, 17, "a", 1.5),
     xl_max_memories=LENGTH, shift_knn_memories_down=LENGTH, shift_xl_memories_down=LENGTH,
     gate=("hard", None), pad_id=("a", 1.5), knn_memories_directory=(3,))
+BAD["InfiniTransformer"] |= dict(
+    dim_head=OPTIONAL, delta=("linear", 1), gate=("open", float("nan")),
+    gate_rate=(0, "fast", float("inf")))
 
 ROWS = [row for name, arguments in BAD.items() for argument, bad in arguments.items()
         for row in refusals(name, MODELS[name], argument, *bad)]
-ROWS += [row for name in ("TransformerXL", "CompressiveTransformer", "MemoryTransformerXL",
-                          "RecurrentMemoryTransformer")
+ROWS += [row for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer")
          for row in refusals(name, MODELS[name], "heads", 3)]

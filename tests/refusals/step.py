@@ -5,15 +5,15 @@ import torch
 
 from memformers import select
 from refusals.common import REFUSED, Refusal
-from refusals.constructors import MODELS
+from refusals.constructors import MODELS, QUEUES
 
-OPTIONS = {"FeedbackTransformer": dict(segment_len=4), "MemorizingTransformer": dict()}
+OPTIONS = {name: dict(mem_len=4) for name in QUEUES} | {"FeedbackTransformer": dict(segment_len=4)}
 
 
 @cache
 def model(name, **options):
     torch.manual_seed(0)
-    return MODELS[name](**OPTIONS.get(name, dict(mem_len=4)) | options).eval()
+    return MODELS[name](**OPTIONS.get(name, {}) | options).eval()
 
 
 def memory(name, rows=2, **options): return model(name, **options).init_memory(rows)
@@ -39,17 +39,14 @@ MASKS = {
     "longer": torch.ones(2, 4, dtype=torch.bool), "of one row": torch.ones(1, 3, dtype=torch.bool),
     "1-D": torch.ones(3, dtype=torch.bool), "a string": "all",
 }
-OTHER = {"TransformerXL": "CompressiveTransformer", "CompressiveTransformer": "MemoryTransformerXL",
-         "MemoryTransformerXL": "FeedbackTransformer",
-         "FeedbackTransformer": "MemorizingTransformer",
-         "MemorizingTransformer": "RecurrentMemoryTransformer",
-         "RecurrentMemoryTransformer": "TransformerXL"}
+OTHER = dict(zip(MODELS, [*list(MODELS)[1:], *MODELS]))
 MEMORIES = {
     "of fewer rows": lambda name: memory(name, 1), "of more rows": lambda name: memory(name, 3),
     "of no rows": lambda name: select(memory(name), []),
     "of another mechanism": lambda name: memory(OTHER[name]),
     "of another width": lambda name: memory(name, **(
-        dict(dim_head=8) if name == "MemorizingTransformer" else dict(dim=16))),
+        dict(dim_head=8) if name in ("MemorizingTransformer", "InfiniTransformer")
+        else dict(dim=16))),
     "a tensor": lambda name: torch.zeros(2, 2, 4, 8), "a string": lambda name: "none",
     "a model": model, "a dict": lambda name: {"mem": torch.zeros(2, 2, 4, 8)},
 }
