@@ -56,7 +56,8 @@ def store(
 ) -> tuple[Tensor, Tensor]:
     "The memory after a segment (3)-(5)."
     k, v = k.to(matrix.dtype), v.to(matrix.dtype)
-    real = torch.ones_like(k[..., 0]) if valid is None else valid[:, None].expand(k.shape[:-1]).to(k)
+    real = torch.ones_like(k[..., 0])
+    if valid is not None: real = real * valid[:, None]
     if delta == "token":
         k = F.normalize(k, dim=-1)
         return delta_rule(k, k, v, real, state=matrix)[1], norm

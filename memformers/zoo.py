@@ -22,12 +22,14 @@ from .memory import nbytes
 from .memory_transformer_xl import MemoryTransformerXL
 from .files import read_config
 from .model import MemoryLM
+from .recurrent_memory import RecurrentMemoryTransformer
 from .transformer_xl import TransformerXL
 
 # %% ../nbs/40_zoo.ipynb #738925a4
 MODELS = {cls.__name__: cls for cls in (TransformerXL, CompressiveTransformer,
                                         MemoryTransformerXL, FeedbackTransformer,
-                                        MemorizingTransformer, InfiniTransformer)}
+                                        MemorizingTransformer, RecurrentMemoryTransformer,
+                                        InfiniTransformer)}
 
 @dataclass(frozen=True)
 class Preset:
@@ -72,6 +74,16 @@ PRESETS = {
         memorizing_layers=[3], max_knn_memories=2048, xl_memory_layers=[1, 2], xl_max_memories=32,
         tie_embeddings=True),
         "minutes on two cores"),
+    "recurrent_memory_tiny": Preset(RecurrentMemoryTransformer, dict(
+        num_tokens=256, dim=64, depth=2, heads=2, seq_len=64, num_memory_tokens=8),
+        "lessons and tests"),
+    "recurrent_memory_small": Preset(RecurrentMemoryTransformer, dict(
+        num_tokens=256, dim=128, depth=4, heads=4, seq_len=128, num_memory_tokens=16),
+        "minutes on two cores"),
+    "recurrent_memory_base": Preset(RecurrentMemoryTransformer, dict(
+        num_tokens=256, dim=512, depth=12, heads=8, seq_len=128, num_memory_tokens=20,
+        attn_dropout=0.1, ff_dropout=0.1, attn_layer_dropout=0.1, emb_dropout=0.1),
+        "enwik8 on a GPU (Bulatov et al.)"),
     "infini_tiny": Preset(InfiniTransformer, dict(
         num_tokens=256, dim=64, depth=2, heads=2, seq_len=64), "lessons and tests"),
     "infini_small": Preset(InfiniTransformer, dict(

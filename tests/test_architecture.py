@@ -17,7 +17,7 @@ PARTS = {"layers": {"memory"}, "attention": {"memory"}, "positions": {"attention
          "evaluate": {"memory", "files", "data", "model"}}
 MECHANISM = {"memory", "layers", "model", "attention", "positions", "gates"}
 # A mechanism that stands on a part of its own.
-ALSO = {"memorizing": {"knn"}, "feedback": {"fixed_point"}}
+ALSO = {"memorizing": {"knn"}, "feedback": {"fixed_point"}, "infini": {"delta_rule"}}
 ASSEMBLY = ("zoo", "wrapper", "knn_memory", "probe", "cli")
 LAZY = {"memorizing": {"knn_memory"}}     # inside a documented call that makes such an object
 
