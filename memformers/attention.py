@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['distances', 'used_slots', 'valid_slots', 'same_in_all', 'Span', 'Cursor', 'Buffer', 'KVCache', 'Keys', 'keys_of',
-           'LayerAttention', 'recording', 'record', 'attention_weights', 'attend', 'FeedForward', 'check_sizes',
-           'check_dropout', 'check_numbers', 'check_choice', 'check_layers', 'check_heads', 'split_qkv']
+           'LayerAttention', 'recording', 'is_recording', 'record', 'attention_weights', 'attend', 'FeedForward',
+           'check_sizes', 'check_dropout', 'check_numbers', 'check_choice', 'check_layers', 'check_heads', 'split_qkv']
 
 # %% ../nbs/10_attention.ipynb #3b8e97d0
 import math
@@ -80,7 +80,7 @@ class Span(NamedTuple):
         size, end = old.shape[-2], front + self.end
         copy = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if copy or size < end and self.end == self.capacity:
-            used = front + (self.before if self.start is None else self.start)
+            used = front + self.before
             line = torch.cat([old[..., :used, :].to(new.dtype), new], -2) if used else new
             return line if self.start is not None else self._align(line, front)
         if size < end: old = F.pad(old, (0, 0, 0, front + self.capacity - size))
@@ -133,9 +133,11 @@ class Cursor:
             new = None if new is None else new.cpu()
             length = self.length.cpu()
             after = length + (n if new is None else new)
-            end, start = int(after.max()), same_in_all(length)
-            if new is not None and not bool((new == n).all()): start = None
-            elif start is None: new = torch.full_like(length, n)
+            end, start = max(int(after.max()), self.columns), same_in_all(length)
+            # Columns may be empty in all rows, if tokens before were padding.
+            padded = new is not None and not bool((new == n).all())
+            if padded or start != self.columns: start = None
+            if start is None and not padded: new = torch.full_like(length, n)
         if end > self.capacity:
             raise ValueError(f"tokens must fit the open segment of {self.capacity} tokens; with "
                              f"these {n} a row would have {end}. Call `finish` and begin another.")
@@ -292,6 +294,10 @@ def recording():
     try: yield _RECORDS[-1]
     finally: _RECORDS.pop()
 
+def is_recording() -> bool:
+    "Is anyone recording?"
+    return bool(_RECORDS)
+
 def record(weights: Tensor, kinds, age: Tensor, state: Tensor | None = None):
     """Add weights (b, heads, n, keys) to what is being recorded; `kinds` as in `Keys`.
 
@@ -329,14 +335,15 @@ def attend(
     k: Tensor,                  # (b, g, keys, d) keys, g = h or a divisor of h
     v: Tensor,                  # (b, g, keys, d) values
     bias: Tensor | None = None, # (b or 1, h or 1, n, keys) added to the scores; may be overwritten
-    dropout: float = 0.0,       # on the weights
-    keys: Keys | None = None,   # what the keys are, for `recording`
+    dropout: float | Tensor = 0.0, # share of the weights; or factors (b, h, n, keys), drawn before
+    keys: Keys | None = None,   # what the keys are, for `recording`; None: not recorded
     scale: float | None = None, # of the products; None: 1 / √d
     state: Tensor | None = None, # for `recording`: the share of a state that is read beside them
 ) -> Tensor:                    # (b, h, n, d)
     "Attention (2): the mean of the values, weighted by the softmax of the scores."
     learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    if not (_RECORDS or dropout or learned):
+    drawn, recorded = isinstance(dropout, Tensor), is_recording() and keys is not None
+    if not (recorded or drawn or dropout or learned):
         shape = q.shape
         if k.shape[1] != shape[1]:
             if bias is not None: bias = bias.expand(*shape[:3], -1).reshape(
@@ -345,8 +352,8 @@ def attend(
         if bias is not None: bias = bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).view(shape)
     weights = attention_weights(q, k, bias, scale)
-    if _RECORDS: record(weights, keys.kinds, keys.ages(q.device)[:, None], state)
-    weights = F.dropout(weights, dropout).to(v.dtype)
+    if recorded: record(weights, keys.kinds, keys.ages(q.device)[:, None], state)
+    weights = (weights * dropout if drawn else F.dropout(weights, dropout)).to(v.dtype)
     return (weights.reshape(len(k), k.shape[1], -1, k.shape[2]) @ v).view(q.shape)
 
 # %% ../nbs/10_attention.ipynb #341bc018
@@ -368,12 +375,14 @@ class FeedForward(nn.Module):
         self.expand = nn.Linear(dim, inner * 2 if glu else inner)
         self.contract = nn.Linear(inner, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
+        "Tokens (b, n, dim); `factors` (b, n, inner): dropout that was drawn before."
         x = self.expand(x)
         if self.glu:
             x, gate = x.chunk(2, dim=-1)
             x = x * F.gelu(gate)
         else: x = F.gelu(x)
+        if factors is not None: return self.contract(x * factors)
         return self.contract(self.dropout(x) if self.dropout.p else x)
 
 # %% ../nbs/10_attention.ipynb #237301cf

@@ -132,7 +132,8 @@ def solve(
     n, kind = guess.shape[1], guess.device.type
     if max_passes is None or sequential is None: max_passes = n
     if start is None: start = torch.arange(n, device=guess.device)[None]
-    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else guess.dtype
+    autocast = not guess.is_meta and torch.is_autocast_enabled(kind)
+    low = torch.get_autocast_dtype(kind) if autocast else guess.dtype
     if tol: tol = max(tol, torch.finfo(low).eps)
     if gradient == "unrolled" or not torch.is_grad_enabled():
         return _find(f, guess, start, mask, tol, max_passes, sequential)

@@ -59,7 +59,7 @@ def is_memory(value) -> bool:
     return hasattr(type(value), "_memory_fields")
 
 def replace(
-    memory,
+    memory, /,
     **changes, # new values of fields
 ):             # a new memory of the same class
     "A copy of a memory with some fields replaced."

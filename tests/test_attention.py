@@ -228,3 +228,25 @@ def test_attention_leaves_the_table_of_positions_alone():
     before = table.detach().clone()
     attend(q[:, :, :1], k, v, positions(q[:, :, :1], Keys(1, 4), table))
     assert torch.equal(table, before)
+
+
+def test_attend_takes_dropout_that_was_drawn_and_records_what_is_named():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 3, 4).double()
+    factors = torch.tensor([0., 2., 2.]).double().expand(2, 2, 3, 3)
+    with recording() as seen: out = attend(q, k, v, None, factors)
+    close(out, (q @ k.mT / 2).softmax(-1) * factors @ v)
+    assert not seen
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_columns_that_are_padding_in_all_rows_stay(keep_graph):
+    """Three tokens and one of padding, then padding alone: the four columns are all there still."""
+    with torch.set_grad_enabled(keep_graph):
+        cursor, buffer = Cursor.start(2, 5), Buffer(torch.zeros(2, 0, 1), 0)
+        for mask in ([True, True, True, False], [False], [True]):
+            span, cursor = cursor.advance(len(mask), torch.tensor([mask, mask]))
+            buffer = buffer.append(torch.arange(1., len(mask) + 1).expand(2, -1)[..., None], span)
+            data = buffer.read(cursor.columns)
+            assert data.shape[1] == cursor.columns == 4
+        assert cursor.valid() is None and data[..., 0].tolist() == [[1, 2, 3, 1]] * 2

@@ -37,15 +37,15 @@ def bucket(d):
 
 def position(model, head, q, d):
     """What the distance d adds to the score of a head."""
-    if hasattr(model.stack.positions, "bias"): return model.stack.positions.bias.weight[bucket(d), head]
-    vector = model.stack.positions.vectors.weight[d].view(model.stack.heads, -1)[head]
+    if hasattr(model.positions, "bias"): return model.positions.bias.weight[bucket(d), head]
+    vector = model.positions.vectors[head, :, -1 - d]
     return q @ vector / math.sqrt(len(q))
 
 
 def attend(model, layer, x, keys):
     """keys: (distance, key, value) of everything the token may read."""
     if not keys: return torch.zeros_like(x)
-    queries = (layer.to_q.weight @ norm(x, layer.norm_attention)).view(model.stack.heads, -1)
+    queries = (layer.to_q.weight @ norm(x, layer.norm_attention)).view(model.heads, -1)
     out = []
     for head, q in enumerate(queries):
         scores = torch.stack([q @ k[head] / math.sqrt(len(q)) + position(model, head, q, d)
@@ -56,19 +56,19 @@ def attend(model, layer, x, keys):
 
 
 def key_value(model, normed):
-    k, v = (model.stack.to_kv.weight @ normed).view(2, model.stack.heads, -1)
+    k, v = (model.to_kv.weight @ normed).view(2, model.heads, -1)
     return k, v
 
 
 def loop(model, text, seq_len, mem_len):
     """Logits and memory entries of one text, one token at a time."""
-    entries, memory, inputs, logits = [], [], [[] for _ in model.stack.layers], []
+    entries, memory, inputs, logits = [], [], [[] for _ in model.layers], []
     for t, token in enumerate(text):
         begin = t - t % seq_len                       # where the window of this token begins
         front = [(t - s, *memory[s]) for s in range(max(0, begin - mem_len), begin)]
         x = model.embedding.weight[token]
         states = [x]
-        for layer, seen in zip(model.stack.layers, inputs):
+        for layer, seen in zip(model.layers, inputs):
             seen.append(key_value(model, norm(x, layer.norm_attention)))
             own = [(t - s, *seen[s]) for s in range(begin, t + 1)] if seq_len > 1 else []
             x = x + attend(model, layer, x, front + own)
@@ -76,12 +76,12 @@ def loop(model, text, seq_len, mem_len):
             inner, gate = (ff.expand.weight @ norm(x, layer.norm_feed) + ff.expand.bias).chunk(2)
             x = x + ff.contract.weight @ (inner * gelu(gate)) + ff.contract.bias
             states.append(x)
-        if model.stack.mixture is None: entry = states[-1]
+        if model.mixture is None: entry = states[-1]
         else:
-            odds = model.stack.mixture.exp()
+            odds = model.mixture.exp()
             entry = sum(o / odds.sum() * state for o, state in zip(odds, states))
         entries.append(entry)
-        memory.append(key_value(model, norm(entry, model.stack.norm_memory)))
+        memory.append(key_value(model, norm(entry, model.norm_memory)))
         logits.append(model.head.weight @ norm(x, model.norm))
     return torch.stack(logits), torch.stack(entries)
 

@@ -136,8 +136,8 @@ def test_memory_and_window_keys_have_one_scale():
     memory = carry(model.step(text(2, 12)).memory)
     large = FeedbackMemory(memory.mem * 50, memory.window, memory.fill, memory.open)
     entries = torch.randn(2, 9, 12, dtype=torch.float64) * 10
-    k, _ = model.stack.keys_values(entries)
-    own, _ = model.stack.split(model.stack.layers[0].norm_attention(entries))
+    k, _ = model.keys_values(entries)
+    own, _ = model.split(model.layers[0].norm_attention(entries)).chunk(2, 1)
     assert 0.5 < k.std() / own.std() < 2
     # The floor of a norm is felt where entries are tiny, as those of a model that is just made.
     close(model.step(text(2, 3), large).logits, model.step(text(2, 3), memory).logits, rtol=.1,
@@ -329,9 +329,9 @@ def test_the_implicit_graph_does_not_grow_with_the_passes():
     ("max_passes", 0, "max_passes must be 1"), ("tol", -1e-3, "tol must be a finite number of 0"),
     ("tol", float("nan"), "tol must be a finite"), ("tol", float("inf"), "tol must be a finite"),
     ("segment_len", 0, "segment_len must be 1"), ("heads", 0, "heads must be 1"),
-    ("solver", "newton", "solver must be 'parallel' or 'sequential'; got 'newton'"),
+    ("solver", "newton", "solver must be one of 'parallel', 'sequential'; got 'newton'"),
     ("gradient", "exact", "gradient must be 'implicit' or 'unrolled'"),
-    ("positions", "xl", "positions must be 't5' or 'learned'"),
+    ("positions", "xl", "positions must be one of 't5', 'learned'"),
     ("ff_dropout", 1.0, "ff_dropout must be at least 0 and less than 1"),
 ])
 def test_options_that_mean_nothing(option, value, message):
@@ -352,7 +352,40 @@ def test_memories_that_do_not_fit():
 
 def test_a_full_segment_takes_no_more():
     model = make(segment_len=4)
-    segment = model.open_segment(model.init_memory(2))
-    _, segment = model.extend_segment(segment, text(2, 3))
-    with pytest.raises(ValueError, match="room for 4 tokens"):
-        model.extend_segment(segment, text(2, 2))
+    segment = model.begin(model.init_memory(2))
+    _, segment = model.extend(segment, text(2, 3))
+    with pytest.raises(ValueError, match="segment of 4 tokens"): model.extend(segment, text(2, 2))
+
+
+# files, devices, and numbers that are none
+
+@pytest.mark.parametrize("positions", ["t5", "learned"])
+def test_a_checkpoint_of_the_first_version_loads(positions):
+    """Its layers were a module of their own; learned positions were rows, nearest first."""
+    model, again = make(positions=positions), make(positions=positions, std=0.1)
+    state, inside = model.state_dict(), ("layers", "positions", "norm_memory", "to_kv", "mixture")
+    if positions == "learned":
+        vectors = state.pop("positions.vectors")
+        state["positions.vectors.weight"] = vectors.permute(2, 0, 1).flip(0).flatten(1)
+    old = {"stack." * k.startswith(inside) + k: t for k, t in state.items()}
+    again.load_state_dict(old)
+    assert torch.equal(again(text()), model(text()))
+
+
+@pytest.mark.parametrize("seq_len", [1, 3])
+def test_on_the_meta_device(seq_len):
+    model = make(seq_len=seq_len).to("meta")
+    out = model.step(text().to("meta"), model.init_memory(2))
+    assert out.logits.shape == (2, 12, 17) and out.memory.mem.is_meta
+
+
+def test_nan_in_an_empty_window_is_not_read():
+    model = make(seq_len=3)
+    memory = carry(model.step(text(2, 4)).memory)   # one token of the second window
+    assert memory.open.tolist() == [1, 1]
+    window = memory.window.clone()
+    window[:, :, 0] = float("nan")
+    bad = FeedbackMemory(memory.mem, window, memory.fill, memory.open)
+    a, b = (model.step(text(2, 7, seed=4), m) for m in (memory, bad))
+    close(a.logits, b.logits)
+    close(a.memory.window, b.memory.window)
