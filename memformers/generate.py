@@ -46,7 +46,7 @@ class Reader:
         return len(self._lengths)
 
     @property
-    def _lengths(self): return getattr(self._segment, "cursor", self._segment).length
+    def _lengths(self): return self._segment.cursor.length
 
     def select(self, rows):
         "Go on with these rows, by index: branches of a search, or fewer rows."

@@ -50,6 +50,9 @@ class Parrot(MemoryLM):
         there = filled(memory.fill, self.slots)[:, -1:]
         return known.where(there, torch.tensor(1 / self.num_tokens, dtype=torch.float64))
 
+    def begin(self, memory, capacity=None): return memory
+    def extend(self, memory, tokens, mask=None): return self.step(tokens, memory).logits, memory
+
     def step(self, tokens, memory=None, mask=None):
         if memory is None: memory = self.init_memory(len(tokens))
         logits = self.probabilities(memory).log()[:, None].expand(*tokens.shape, -1)

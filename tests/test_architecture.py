@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND = {"memory": set(), "files": {"memory"}, "data": set(), "tasks": {"data"},
           "plots": set()}
-PARTS = {"layers": {"memory"}, "attention": {"memory"}, "positions": {"attention"},
+PARTS = {"attention": {"memory"}, "positions": {"attention"},
          "gates": {"attention"}, "fixed_point": set(), "delta_rule": set(), "knn": {"memory"},
          "model": {"memory", "files", "attention"},
          "generate": {"memory", "attention", "model"},
          "train": {"memory", "files", "data", "model", "tasks"},
          "evaluate": {"memory", "files", "data", "model"}}
-MECHANISM = {"memory", "layers", "model", "attention", "positions", "gates"}
+MECHANISM = {"memory", "model", "attention", "positions", "gates"}
 # A mechanism that stands on a part of its own.
 ALSO = {"memorizing": {"knn"}, "feedback": {"fixed_point"}, "infini": {"delta_rule"}}
 ASSEMBLY = ("zoo", "wrapper", "knn_memory", "probe", "cli")

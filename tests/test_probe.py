@@ -7,8 +7,9 @@ import torch
 from known import Parrot, Pending, Said, SpendingParrot, corpus, own_memories, xl
 from mechanisms import each
 
+from memformers.attention import distances, record
 from memformers.data import ByteTokenizer
-from memformers.model import Step, in_line
+from memformers.model import Step
 from memformers.probe import Recall, cost, lookup, recall, refused, seconds, wilson
 from memformers.tasks import TaskStream, copy_task
 
@@ -162,7 +163,7 @@ def test_refused_prints_the_error_and_fails_where_there_is_none(capsys):
 class Looker(Parrot):
     """Two heads: the first looks at the oldest memory, the second a quarter at each of the newest
     two, and for the rest at itself."""
-    def look(self, tokens, memory):
+    def extend(self, memory, tokens, mask=None):
         (b, n), m = tokens.shape, self.slots
         weights = torch.zeros(b, 2, n, m + n, dtype=torch.float64)
         if memory.fill.any():
@@ -170,7 +171,10 @@ class Looker(Parrot):
             weights[:, 1, :, m - 2:m] = .25
             weights[:, 1] += .5 * torch.eye(n, m + n).roll(m, 1)
         else: weights[..., m:] = torch.eye(n)
-        return [in_line(1, weights, "xl"), in_line(2, weights[:, :1, :, m:], "xl")]
+        age = distances(n, m + n)[None, None]
+        record(weights, (("xl", m, 1), ("segment", n, 1)), age)
+        record(weights[:, :1, :, m:], (("segment", n, 1),), age[..., m:])
+        return super().extend(memory, tokens, mask)
 
 
 def test_a_lookup_finds_the_tokens_and_their_ages():
