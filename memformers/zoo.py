@@ -16,6 +16,7 @@ from huggingface_hub import file_exists, hf_hub_download
 
 from .compressive import CompressiveTransformer
 from .feedback import FeedbackTransformer
+from .gated_delta import GatedDeltaNet
 from .infini import InfiniTransformer
 from .memorizing import MemorizingTransformer
 from .memory import nbytes
@@ -29,7 +30,7 @@ from .transformer_xl import TransformerXL
 MODELS = {cls.__name__: cls for cls in (TransformerXL, CompressiveTransformer,
                                         MemoryTransformerXL, FeedbackTransformer,
                                         MemorizingTransformer, RecurrentMemoryTransformer,
-                                        InfiniTransformer)}
+                                        InfiniTransformer, GatedDeltaNet)}
 
 @dataclass(frozen=True)
 class Preset:
@@ -91,6 +92,13 @@ PRESETS = {
     "infini_base": Preset(InfiniTransformer, dict(
         num_tokens=256, dim=512, depth=12, heads=8, seq_len=512, attn_dropout=0.1,
         ff_dropout=0.1, attn_layer_dropout=0.1, emb_dropout=0.1), "a GPU"),
+    "gated_delta_tiny": Preset(GatedDeltaNet, dict(
+        num_tokens=256, dim=64, depth=2, heads=2, seq_len=64), "lessons and tests"),
+    "gated_delta_small": Preset(GatedDeltaNet, dict(
+        num_tokens=256, dim=128, depth=4, heads=4, seq_len=128), "minutes on two cores"),
+    "gated_delta_base": Preset(GatedDeltaNet, dict(
+        num_tokens=256, dim=512, depth=12, heads=4, seq_len=512, layer_dropout=0.1,
+        ff_dropout=0.1, emb_dropout=0.1), "a GPU"),
 }
 
 # %% ../nbs/40_zoo.ipynb #0b5079d2

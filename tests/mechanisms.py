@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memformers import (CompressiveTransformer, FeedbackTransformer, InfiniTransformer,
-                        MemorizingTransformer, MemoryTransformerXL,
+from memformers import (CompressiveTransformer, FeedbackTransformer, GatedDeltaNet,
+                        InfiniTransformer, MemorizingTransformer, MemoryTransformerXL,
                         RecurrentMemoryTransformer, TransformerXL)
 
 SIZES = dict(num_tokens=17, dim=12, depth=3, heads=3, seq_len=5)
@@ -24,6 +24,8 @@ class Mechanism:
     splits_with: dict | None = None
     # Does a gradient pass through the memory: "full", in "part", or "none"?
     gradient: str = "full"
+    # Does it attend to single keys, so that there are weights to look at?
+    attends: bool = True
 
     def make(self, **overrides):
         """The model in float64, with weights large enough that nothing hides in rounding."""
@@ -117,6 +119,10 @@ MECHANISMS = [
     Mechanism("infini_segment", InfiniTransformer, dict(delta="segment", memory_layers=[1, 3],
               dim_head=5, ff_glu=True, emb_dim=8, tie_embeddings=True)),
     Mechanism("infini_token", InfiniTransformer, dict(delta="token", gate_rate=1.0)),
+    Mechanism("gated_delta", GatedDeltaNet, splits=True, attends=False),
+    Mechanism("gated_delta_options", GatedDeltaNet, dict(
+              negative_eigenvalues=True, expand_v=2, dim_head=2, ff_glu=True, emb_dim=8,
+              tie_embeddings=True), splits=True, attends=False),
 ]
 
 

@@ -1,8 +1,8 @@
 """Constructors of the models: sizes, layers, dropouts and choices that mean nothing."""
 from functools import partial
 
-from memformers import (CompressiveTransformer, FeedbackTransformer, InfiniTransformer,
-                        MemorizingTransformer, MemoryTransformerXL,
+from memformers import (CompressiveTransformer, FeedbackTransformer, GatedDeltaNet,
+                        InfiniTransformer, MemorizingTransformer, MemoryTransformerXL,
                         RecurrentMemoryTransformer, TransformerXL)
 from refusals.common import refusals
 
@@ -16,6 +16,7 @@ MODELS = {
                                      max_knn_memories=8),
     "RecurrentMemoryTransformer": partial(RecurrentMemoryTransformer, **SMALL, seq_len=4),
     "InfiniTransformer": partial(InfiniTransformer, **SMALL, seq_len=4),
+    "GatedDeltaNet": partial(GatedDeltaNet, **SMALL, seq_len=4),
 }
 QUEUES = ("TransformerXL", "CompressiveTransformer", "MemoryTransformerXL")
 SIZE = (0, -1, 1.5, "8")     # of what must be an integer of 1 or more
@@ -27,8 +28,10 @@ FF = (0, -1, "4", float("nan"))
 
 # Model → argument → what cannot be right.
 BAD = {name: dict(num_tokens=SIZE, dim=SIZE, depth=SIZE, heads=SIZE, seq_len=SIZE,
-                  emb_dim=OPTIONAL, emb_dropout=DROPOUT, attn_dropout=DROPOUT, ff_dropout=DROPOUT)
+                  emb_dim=OPTIONAL, emb_dropout=DROPOUT, ff_dropout=DROPOUT)
        for name in MODELS}
+for name in MODELS:
+    if name != "GatedDeltaNet": BAD[name] |= dict(attn_dropout=DROPOUT)
 for name in (*QUEUES, "FeedbackTransformer", "RecurrentMemoryTransformer"):
     BAD[name] |= dict(mem_len=LENGTH)
 for name in ("FeedbackTransformer", "MemorizingTransformer"): BAD[name] |= dict(dim_head=SIZE)
@@ -62,8 +65,10 @@ BAD["MemorizingTransformer"] |= dict(
 BAD["InfiniTransformer"] |= dict(
     dim_head=OPTIONAL, delta=("linear", 1), gate=("open", float("nan")),
     gate_rate=(0, "fast", float("inf")))
+BAD["GatedDeltaNet"] |= dict(dim_head=OPTIONAL, expand_v=SIZE, layer_dropout=DROPOUT)
 
 ROWS = [row for name, arguments in BAD.items() for argument, bad in arguments.items()
         for row in refusals(name, MODELS[name], argument, *bad)]
-ROWS += [row for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer")
+ROWS += [row for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer",
+                          "GatedDeltaNet")
          for row in refusals(name, MODELS[name], "heads", 3)]
