@@ -3,51 +3,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, save, table
-from torch import nn
+from common import SIZE, Plain, cached_generation, interleaved, save, table, train
 
 from memformers import Reader, TransformerXL, carry
 
-SIZE = dict(num_tokens=256, dim=256, depth=4, heads=8)
 ROWS, N, M = 4, 256, 256
-
-
-class Plain(nn.Module):
-    """A decoder as one would write it without a memory: learned places, causal attention."""
-    def __init__(self, num_tokens, dim, depth, heads, longest=1024):
-        super().__init__()
-        self.heads = heads
-        self.embedding, self.place = nn.Embedding(num_tokens, dim), nn.Embedding(longest, dim)
-        self.layers = nn.ModuleList(nn.ModuleDict(dict(
-            norm=nn.LayerNorm(dim), qkv=nn.Linear(dim, 3 * dim, bias=False),
-            out=nn.Linear(dim, dim, bias=False), norm2=nn.LayerNorm(dim),
-            expand=nn.Linear(dim, 4 * dim), contract=nn.Linear(4 * dim, dim)))
-            for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, num_tokens, bias=False)
-
-    def forward(self, tokens, cache=None, at=0):
-        """`cache` is a list of (keys, values) with room, written from place `at` on."""
-        b, n = tokens.shape
-        x = self.embedding(tokens) + self.place.weight[at:at + n]
-        for number, layer in enumerate(self.layers):
-            q, k, v = layer["qkv"](layer["norm"](x)).view(b, n, 3, self.heads, -1) \
-                .permute(2, 0, 3, 1, 4)
-            if cache is not None:
-                keys, values = cache[number]
-                keys[:, :, at:at + n], values[:, :, at:at + n] = k, v
-                k, v = keys[:, :, :at + n], values[:, :, :at + n]
-            read = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)
-            x = x + layer["out"](read.transpose(1, 2).reshape(b, n, -1))
-            x = x + layer["contract"](F.gelu(layer["expand"](layer["norm2"](x))))
-        return self.head(self.norm(x))
-
-
-def train(model, tokens, forward):
-    """One forward and backward pass."""
-    def run():
-        model.zero_grad()
-        F.cross_entropy(forward().flatten(0, 1), tokens.flatten()).backward()
-    return run
 
 
 def loop_attention(q, k, v, attn_mask, dropout_p=0.0):
@@ -95,12 +55,6 @@ def generation(prompt=64, length=128):
     tokens = torch.randint(256, (1, prompt + length))
     memory = carry(xl.step(torch.randint(256, (1, N))).memory)
 
-    def cached():
-        room = lambda: torch.zeros(1, 8, prompt + length, 32)
-        cache = [(room(), room()) for _ in plain.layers]
-        plain(tokens[:, :prompt], cache)
-        for i in range(prompt, prompt + length): plain(tokens[:, i:i + 1], cache, i)
-
     def read(memory=None):
         reader = Reader(xl, 1, memory)
         reader.read(tokens[:, :prompt])
@@ -110,7 +64,7 @@ def generation(prompt=64, length=128):
         for i in range(prompt, prompt + length): xl.step(tokens[:, :i + 1], memory)
 
     ms = interleaved({
-        "plain decoder with a key/value cache": cached,
+        "plain decoder with a key/value cache": cached_generation(plain, tokens, prompt),
         "Transformer-XL, empty memory": read,
         "Transformer-XL, full memory": lambda: read(memory),
         "Transformer-XL, the segment read again for each token": lambda: read_again(memory),

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
+SIZE = dict(num_tokens=256, dim=256, depth=4, heads=8)
 
 
 def machine() -> dict:
@@ -78,3 +81,51 @@ def save(name: str, tables: list):
     head = f"# {name}\n\n" + ", ".join(f"{k}: {v}" for k, v in where.items() if v is not None)
     text = "\n\n".join([head, *map(markdown, tables)]) + "\n"
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+class Plain(nn.Module):
+    """A decoder as one would write it without a memory: learned places, causal attention."""
+    def __init__(self, num_tokens, dim, depth, heads, longest=1024):
+        super().__init__()
+        self.heads = heads
+        self.embedding, self.place = nn.Embedding(num_tokens, dim), nn.Embedding(longest, dim)
+        self.layers = nn.ModuleList(nn.ModuleDict(dict(
+            norm=nn.LayerNorm(dim), qkv=nn.Linear(dim, 3 * dim, bias=False),
+            out=nn.Linear(dim, dim, bias=False), norm2=nn.LayerNorm(dim),
+            expand=nn.Linear(dim, 4 * dim), contract=nn.Linear(4 * dim, dim)))
+            for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, num_tokens, bias=False)
+
+    def forward(self, tokens, cache=None, at=0):
+        """`cache` is a list of (keys, values) with room, written from place `at` on."""
+        b, n = tokens.shape
+        x = self.embedding(tokens) + self.place.weight[at:at + n]
+        for number, layer in enumerate(self.layers):
+            q, k, v = layer["qkv"](layer["norm"](x)).view(b, n, 3, self.heads, -1) \
+                .permute(2, 0, 3, 1, 4)
+            if cache is not None:
+                keys, values = cache[number]
+                keys[:, :, at:at + n], values[:, :, at:at + n] = k, v
+                k, v = keys[:, :, :at + n], values[:, :, :at + n]
+            read = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)
+            x = x + layer["out"](read.transpose(1, 2).reshape(b, n, -1))
+            x = x + layer["contract"](F.gelu(layer["expand"](layer["norm2"](x))))
+        return self.head(self.norm(x))
+
+
+def train(model, tokens, forward):
+    """One forward and backward pass."""
+    def run():
+        model.zero_grad()
+        F.cross_entropy(forward().flatten(0, 1), tokens.flatten()).backward()
+    return run
+
+
+def cached_generation(plain, tokens, prompt):
+    """The plain decoder reads a prompt, then token after token, with a key/value cache."""
+    def run():
+        shape = len(tokens), plain.heads, tokens.shape[1], plain.embedding.embedding_dim // plain.heads
+        cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in plain.layers]
+        plain(tokens[:, :prompt], cache)
+        for i in range(prompt, tokens.shape[1]): plain(tokens[:, i:i + 1], cache, i)
+    return run
