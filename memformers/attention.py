@@ -387,11 +387,12 @@ class FeedForward(nn.Module):
 
 # %% ../nbs/10_attention.ipynb #237301cf
 def check_sizes(least: int = 1, **sizes):
-    "Refuse sizes that are no whole numbers, or smaller than `least`."
+    "Refuse sizes that are no whole numbers, smaller than `least`, or 2**31 and larger."
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, Integral):
             raise TypeError(f"{name} must be a whole number; got {size!r}")
         if size < least: raise ValueError(f"{name} must be {least} or more; got {size}")
+        if size >= 1 << 31: raise ValueError(f"{name} must be less than 2**31; got {size}")
 
 def check_dropout(**shares):
     "Refuse dropout outside of 0 … 1."

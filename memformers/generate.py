@@ -30,7 +30,8 @@ class Reader:
         memory=None,                   # what to begin with, carried; it is not changed
     ):
         if memory is not None:
-            check_memory(memory, model.init_memory(1, device="meta"), batch_size or rows_of(memory))
+            check_memory(memory, model.init_memory(1, device="meta"),
+                         batch_size or rows_of(memory), model.embedding.weight.device)
         self.model = model
         self._segment = model.begin(model.init_memory(1 if batch_size is None else batch_size)
                                     if memory is None else clone(memory))
@@ -184,7 +185,8 @@ def stream(
     if isinstance(mask, Tensor) and mask.ndim == 1: mask = mask[None]
     check_tokens(prompt, model.num_tokens, mask, name="prompt")
     if memory is not None:
-        check_memory(memory, model.init_memory(1, device="meta"), len(prompt))
+        check_memory(memory, model.init_memory(1, device="meta"), len(prompt),
+                     model.embedding.weight.device)
     if mask is not None and not mask.any(1).all():
         raise ValueError("mask must leave at least one real token in every row of the prompt; "
                          f"rows {(~mask.any(1)).nonzero()[:, 0].tolist()} have none")

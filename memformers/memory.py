@@ -336,7 +336,7 @@ def shuffle(
     return replace(memory, **changed)
 
 # %% ../nbs/00_memory.ipynb #9da1dab8
-def _check_field(name, f, mine, want):
+def _check_field(name, f, mine, want, device):
     "Check one tensor of a memory against that of a fresh one."
     free = {0} | {f.metadata[k] % want.ndim for k in ("slots", "grows") if k in f.metadata}
     sizes = [None if i in free else n for i, n in enumerate(want.shape)]
@@ -351,6 +351,9 @@ def _check_field(name, f, mine, want):
             "it is the memory of another model"
         raise ValueError(f"memory.{name} must be {want.dtype}, as the model's memory is; got "
                          f"{mine.dtype}: {way}")
+    if device is not None and mine.device != device:
+        raise ValueError(f"memory.{name} must be on {device}, as the model is; got {mine.device}: "
+                         f"move it with `cast(memory, device={str(device)!r})`")
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and mine.is_inference():
         raise ValueError(f"memory.{name} was made under torch.inference_mode and cannot take part "
                          "in training: pass `clone(memory)`, made outside inference_mode")
@@ -359,6 +362,7 @@ def check_memory(
     memory, # what a model is given
     like,   # a fresh memory of the model, on any device
     rows: int | None = None, # rows that it must have; None: any number
+    device: torch.device | None = None, # that it must be on; None: any
 ):
     "Refuse a memory that a model cannot read, and say why."
     if type(memory) is not type(like):
@@ -370,4 +374,4 @@ def check_memory(
                          f"with `init_memory({rows})`.")
     wanted = {name: value for name, _, value in _values(like)}
     for name, f, mine in _values(memory):
-        if isinstance(wanted.get(name), Tensor): _check_field(name, f, mine, wanted[name])
+        if isinstance(wanted.get(name), Tensor): _check_field(name, f, mine, wanted[name], device)

@@ -74,7 +74,8 @@ def check_step(model, tokens, memory, mask):
                          f"{tuple(tokens.shape)}. Read a longer text segment by segment: "
                          "`tokens.split(model.seq_len, dim=1)`.")
     if memory is not None:
-        check_memory(memory, model.init_memory(1, device="meta"), len(tokens))
+        check_memory(memory, model.init_memory(1, device="meta"), len(tokens),
+                     model.embedding.weight.device)
 
 # %% ../nbs/16_model.ipynb #502a6080
 def _remember_arguments(cls):

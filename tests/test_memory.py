@@ -93,6 +93,17 @@ def test_cast_leaves_counts_and_full_precision():
     assert nbytes(memory) == 3 * 4 * 2 + 3 * 8 + 6 * 4
 
 
+def test_a_memory_on_another_device_is_refused_and_can_be_cast():
+    model = TransformerXL(16, 8, 2, heads=2, seq_len=4)
+    tokens, memory = torch.zeros(2, 4, dtype=torch.long), model.init_memory(2)
+    away = cast(memory, device="meta")
+    with pytest.raises(ValueError, match=r"memory.mem must be on cpu.*meta.*cast\(memory, device='cpu'\)"):
+        model.step(tokens, away)
+    with pytest.raises(ValueError, match=r"memory.mem must be on meta"):
+        model.to("meta").step(tokens.to("meta"), memory)
+    model.step(tokens.to("meta"), away)
+
+
 @pytest.mark.parametrize("cls", [TransformerXL, CompressiveTransformer])
 def test_a_step_can_be_exported(cls):
     """torch.export flattens the memory by its fields' names; what it gives is exact."""

@@ -100,6 +100,40 @@ def test_the_documented_loop_trains_what_the_last_segment_wrote():
     for a, b in zip(older, constant): assert a is b is None or torch.equal(a, b)
 
 
+def test_memories_serve_several_backward_calls():
+    """Two losses of the same memories: one after the other gives the gradient of their sum."""
+    grads = []
+    for together in (True, False):
+        model = small()
+        memories = model(text(seed=1), memories=model(text(seed=0))[1])[1]
+        losses = [model(text(seed=s), memories=memories)[0].square().mean() for s in (2, 3)]
+        for loss in [sum(losses)] if together else losses: loss.backward()
+        grads.append([p.grad for p in model.writer.parameters()])
+    for a, b in zip(*grads): close(a, b)
+    assert any(grad.any() for grad in grads[0])
+
+
+def test_frozen_weights_get_no_gradient_in_the_documented_loop():
+    model = small()
+    model.writer.to_q.requires_grad_(False)
+    for _ in documented_loop(model, steps=3): pass
+    assert model.writer.to_q.weight.grad is None and model.writer.to_kv.weight.grad.any()
+    model.writer.requires_grad_(False)
+    assert not model(text())[1].long.requires_grad
+
+
+def test_the_documented_call_under_autocast():
+    """The write is computed again in the type in which it was computed."""
+    model = small()
+    with torch.autocast("cpu", torch.bfloat16):
+        memories = model(text(seed=0))[1]
+        logits = model(text(seed=1), memories=memories)[0]
+    seen = []
+    model.writer.to_kv.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    logits.float().square().mean().backward()
+    assert {*seen} == {torch.bfloat16}
+
+
 def test_a_row_that_pauses_holds_on_to_no_graph():
     model, mask, sizes = small(), torch.tensor([[True] * 8, [False] * 8]), []
     memories = model(text())[1]
@@ -350,6 +384,14 @@ def test_a_pausing_row_is_not_written():
     mask[1] = False
     after = carry(model.step(text(seed=2), memory, mask).memory)
     assert torch.equal(after.long[1], memory.long[1]) and not torch.equal(after.long[0], memory.long[0])
+
+
+def test_a_fresh_row_that_pauses_stays_fresh():
+    model, mask = small(), torch.ones(2, 8, dtype=torch.bool)
+    mask[1] = False
+    after = carry(model.step(text(), mask=mask).memory)
+    assert after.long_fill.tolist() == [4, 0]
+    close(model.step(text(seed=2), after).logits[1], model.step(text(seed=2)).logits[1])
 
 
 # bad input

@@ -72,3 +72,9 @@ ROWS = [row for name, arguments in BAD.items() for argument, bad in arguments.it
 ROWS += [row for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer",
                           "GatedDeltaNet")
          for row in refusals(name, MODELS[name], "heads", 3)]
+# Lengths that no machine can hold.
+HUGE = {"TransformerXL": ("mem_len", "seq_len"), "CompressiveTransformer": ("mem_len", "cmem_len"),
+        "MemoryTransformerXL": ("mem_len", "lmem_len", "num_mem_kv"),
+        "MemorizingTransformer": ("xl_max_memories", "max_knn_memories")}
+ROWS += [row for name, arguments in HUGE.items() for argument in arguments
+         for row in refusals(name, MODELS[name], argument, 2 ** 31)]

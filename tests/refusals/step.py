@@ -3,7 +3,7 @@ from functools import cache
 
 import torch
 
-from memformers import select
+from memformers import Reader, cast, generate, select
 from refusals.common import REFUSED, Refusal
 from refusals.constructors import MODELS, QUEUES
 
@@ -60,3 +60,12 @@ ROWS += [
     Refusal(f"{name}.init_memory, batch_size={bad!r}",
             lambda n=name, b=bad: model(n).init_memory(b), REFUSED, "batch_size")
     for name in MODELS for bad in (-1, 1.5, "2")]
+ELSEWHERE = {"step": step,
+             "Reader": lambda name, memory: Reader(model(name), memory=memory),
+             "generate": lambda name, memory: generate(model(name), torch.ones(2, 3).long(), 1,
+                                                       memory=memory)}
+ROWS += [
+    Refusal(f"{name}, {what}, memory on another device",
+            lambda n=name, f=call: f(n, memory=cast(memory(n), device="meta")), ValueError,
+            r"memory\.\w.*on cpu.*got meta.*cast\(memory, device='cpu'\)")
+    for name in MODELS for what, call in ELSEWHERE.items()]
