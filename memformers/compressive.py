@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .attention import (Buffer, Cursor, Keys, Span, check_choice, check_dropout,
                                   check_heads, check_layers, check_numbers, check_sizes, distances,
                                   keys_of, recording, same_in_all, used_slots)
-from .gates import GATES, GatedLayer
+from .gates import RESIDUAL_GATES, GatedLayer
 from .memory import carry, filled, memory_state, push, replace, shared, slots
 from .model import MemoryLM, init_weights
 from .positions import LearnedPositions
@@ -232,8 +232,9 @@ class CompressiveTransformer(MemoryLM):
         reconstruction_loss_weight: float = 1.0,  # factor on aux_loss; 0: none
         compression: str = "conv",      # "conv", "mean", "max", "dilated" or "most_used"
         aux: str = "attention",         # aux_loss: "attention" reconstruction or "autoencoding"
-        gate: str = "gru",              # the gate: "gru", "brc" or "nbrc"
+        gate: str = "gru",              # one of `RESIDUAL_GATES`
         gate_bias: float = 0.0,         # above 0 the gates start close to the identity
+        gate_relu: bool = False,        # a ReLU of what a gate or sum takes in?
         emb_dropout: float = 0.0,       # on the embeddings
         tie_embeddings: bool = False,   # share the matrix of the embedding with the head?
     ):
@@ -251,7 +252,7 @@ class CompressiveTransformer(MemoryLM):
         check_numbers(gate_bias=gate_bias)
         check_choice("compression", compression, COMPRESSIONS)
         check_choice("aux", aux, ("attention", "autoencoding"))
-        check_choice("gate", gate, tuple(GATES))
+        check_choice("gate", gate, tuple(RESIDUAL_GATES))
         self.cmem_ratio = cmem_ratio if self.cmem_len else 1
         self.memory_layers = check_layers("memory_layers", memory_layers, depth)
         self.enhanced_recurrence, self.compression, self.aux = enhanced_recurrence, compression, aux
@@ -263,8 +264,9 @@ class CompressiveTransformer(MemoryLM):
         self.positions = LearnedPositions(reach, heads, width)
         self.layers = nn.ModuleList(
             GatedLayer(dim, heads, gate=gate if gru_gated_residual else None, mogrify=mogrify_gru,
-                       gate_bias=gate_bias, ff_glu=ff_glu, attn_dropout=attn_dropout,
-                       layer_dropout=attn_layer_dropout, ff_dropout=ff_dropout)
+                       gate_bias=gate_bias, gate_relu=gate_relu, ff_glu=ff_glu,
+                       attn_dropout=attn_dropout, layer_dropout=attn_layer_dropout,
+                       ff_dropout=ff_dropout)
             for _ in range(depth))
         self.compress = nn.ModuleList(
             Compression(dim, cmem_ratio, compression, aux == "autoencoding")

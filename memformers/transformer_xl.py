@@ -32,6 +32,13 @@ def _check_positions(positions, clamp_len):
     check_sizes(1, clamp_len=clamp_len)
     if positions != "xl": raise ValueError(f"clamp_len goes with positions='xl'; got {positions!r}")
 
+def _share_biases(layers, positions):
+    if positions != "xl":
+        raise ValueError(f"shared_biases goes with positions='xl'; got {positions!r}")
+    for layer in layers[1:]:
+        layer.positions.content_bias = layers[0].positions.content_bias
+        layer.positions.position_bias = layers[0].positions.position_bias
+
 def _upgrade(module, state, prefix, *rest):
     "Load a checkpoint of version 0.1, whose attention was a module of its own."
     old = prefix + "attention."
@@ -121,6 +128,7 @@ class TransformerXL(MemoryLM):
         ff_dropout: float = 0.0,        # inside the feed-forward
         emb_dropout: float = 0.0,       # on the embeddings
         tie_embeddings: bool = False,   # share the matrix of the embedding with the head?
+        shared_biases: bool = False,    # one pair of biases u, v for all layers ("xl" only)?
     ):
         super().__init__(num_tokens, dim, seq_len, emb_dim, tie_embeddings, emb_dropout)
         self.mem_len = seq_len if mem_len is None else mem_len
@@ -137,6 +145,7 @@ class TransformerXL(MemoryLM):
         self.layers = nn.ModuleList(
             XLLayer(dim, heads, width, place(), FeedForward(dim, ff_mult, ff_glu, ff_dropout),
                     attn_dropout, attn_layer_dropout, post_norm) for _ in range(depth))
+        if shared_biases: _share_biases(self.layers, positions)
         self.norm = nn.Identity() if post_norm else nn.LayerNorm(dim)
         self.apply(init_weights)
 

@@ -16,12 +16,12 @@ DROPOUT = dict(attn_dropout=0.5, ff_dropout=0.5, emb_dropout=0.5)
 MODELS = {
     TransformerXL: (dict(SMALL, seq_len=4, mem_len=6), DROPOUT | dict(
         attn_layer_dropout=0.5, mem_len=3, memory_layers=[2], enhanced_recurrence=True,
-        same_length=True, clamp_len=3, post_norm=True)),
+        same_length=True, clamp_len=3, post_norm=True, shared_biases=True)),
     CompressiveTransformer: (
         dict(SMALL, seq_len=4, mem_len=4, cmem_len=2, cmem_ratio=2), DROPOUT | dict(
         attn_layer_dropout=0.5, reconstruction_attn_dropout=0.5, reconstruction_loss_weight=0.5,
         memory_layers=[1, 3], enhanced_recurrence=False, mem_len=5, cmem_len=3, aux="autoencoding",
-        gate_bias=1.0)),
+        gate_bias=1.0, gate_relu=True)),
     MemoryTransformerXL: (
         dict(SMALL, seq_len=4, mem_len=4, lmem_len=3, num_mem_kv=1), DROPOUT | dict(
         attn_layer_dropout=0.5, mem_len=3, mem_write_iters=1, mem_heads=4, mem_attention="full",
@@ -91,3 +91,14 @@ def test_a_new_model_guesses_evenly(cls):
     logits = logits[0] if isinstance(logits, tuple) else logits
     loss = F.cross_entropy(logits.flatten(0, 1), torch.randint(256, (16,)))
     assert abs(loss - math.log(256)) < 0.2
+
+
+def test_shared_biases_are_one_pair(tmp_path):
+    model = build(TransformerXL, shared_biases=True)
+    pairs = [(p.content_bias, p.position_bias) for p in (layer.positions for layer in model.layers)]
+    assert all(u is pairs[0][0] and v is pairs[0][1] for u, v in pairs)
+    model.save_pretrained(tmp_path)
+    again = TransformerXL.from_pretrained(tmp_path)
+    assert again.layers[1].positions.content_bias is again.layers[0].positions.content_bias
+    with pytest.raises(ValueError, match="shared_biases"):
+        build(TransformerXL, shared_biases=True, positions="t5")

@@ -40,8 +40,9 @@ def feed(ff, x):
     return linear(ff.contract, x)
 
 
-def join(residual, kind, new, state):
+def join(residual, kind, new, state, relu):
     """The stream after a part said `new`."""
+    if relu: new = new.clamp(min=0)
     if residual.gate is None: return state + new
     if residual.mogrify is not None:
         m = residual.mogrify
@@ -52,6 +53,14 @@ def join(residual, kind, new, state):
         state = 2 * sigmoid(low(m.to_state, new)) * state
         new = 2 * sigmoid(low(m.to_new, state)) * new
     gate, d = residual.gate, len(state)
+    if kind in ("input", "output", "highway", "sigtanh"):
+        w, b = gate.to_gate.weight, gate.bias
+        if kind == "input": return sigmoid(w @ state + b) * state + new
+        if kind == "output": return state + sigmoid(w @ state - b) * new
+        if kind == "sigtanh":
+            return state + sigmoid(w @ new - b) * torch.tanh(gate.candidate.weight @ new)
+        z = sigmoid(w @ state + b)
+        return z * state + (1 - z) * new
     first, second, third = (gate.of_new.weight[i * d:(i + 1) * d] @ new + gate.bias[i * d:(i + 1) * d]
                             for i in range(3))
     if kind == "brc": own = [gate.own[0] * state, gate.own[1] * state]
@@ -146,6 +155,7 @@ def oracle(model, tokens, past, now):
     """Read the tokens of one row. `past`: for each memory layer (cmem, mem), lists of (number, state)."""
     cfg = model.config()
     kind = cfg["gate"] if cfg["gru_gated_residual"] else None
+    relu = cfg["gate_relu"]
     xs = [model.embedding.weight[t] for t in tokens]
     if cfg["emb_dim"]: xs = [linear(model.emb_in, x) for x in xs]
     ratio, losses, after, slot = model.cmem_ratio, [], [], 0
@@ -153,9 +163,9 @@ def oracle(model, tokens, past, now):
         remembers, before = number in model.memory_layers, xs
         cmem, mem = past[slot] if remembers else ([], [])
         read, usage = attend(model, layer, xs, cmem + mem, now)
-        xs = [join(layer.join_attention, kind, y, x) for x, y in zip(xs, read)]
-        xs = [join(layer.join_feed, kind, feed(layer.feed_forward, norm(layer.norm_feed, x)), x)
-              for x in xs]
+        xs = [join(layer.join_attention, kind, y, x, relu) for x, y in zip(xs, read)]
+        xs = [join(layer.join_feed, kind, feed(layer.feed_forward, norm(layer.norm_feed, x)), x,
+                   relu) for x in xs]
         if not remembers: continue
         written = xs if cfg["enhanced_recurrence"] else before
         line = mem + [(now + i, x) for i, x in enumerate(written)]
@@ -198,6 +208,10 @@ OPTIONS = {
     "most_used_at_once": dict(compression="most_used", cmem_ratio=3, cmem_len=3, mem_len=0),
     "most_used_of_two": dict(compression="most_used", cmem_ratio=2, cmem_len=3, mem_len=2,
                              memory_layers=[1]),
+    "input_gate": dict(gate="input", gate_relu=True),
+    "output_gate": dict(gate="output"),
+    "highway": dict(gate="highway"),
+    "sigtanh": dict(gate="sigtanh", gate_relu=True),
     "decoded": dict(aux="autoencoding", tie_embeddings=True),
     "nothing_compressed": dict(cmem_len=0),
     "no_memory": dict(mem_len=0, cmem_len=0),
