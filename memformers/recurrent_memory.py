@@ -93,6 +93,7 @@ class RecurrentMemoryTransformer(MemoryLM):
 
     def begin(self, memory: RecurrentMemory, capacity: int | None = None) -> RecurrentSegment:
         b, layers, total, _ = memory.queue.shape
+        self._check_sizes(memory)
         m, tokens = used_slots(memory.queue_fill, total), self.memory_tokens(memory)
         queues = memory.queue[:, :, total - m:].unbind(1)
         caches = [layer.open(queue) for layer, queue in zip(self.layers, queues)]
@@ -120,6 +121,14 @@ class RecurrentMemoryTransformer(MemoryLM):
             queue, count = push(memory.queue, memory.queue_fill, new, valid)
             memory = replace(memory, queue=queue.detach(), queue_fill=count)               # (4)
         return memory, self.no_aux_loss()
+
+    def _check_sizes(self, memory):
+        "Refuse a memory with another number of slots."
+        tokens = 0 if self.read_only else self.num_memory_tokens
+        for name, want in (("mem", tokens), ("queue", self.mem_len)):
+            if (size := getattr(memory, name).shape[-2]) != want:
+                raise ValueError(f"memory.{name} must have {want} slots; it has {size}: it is the "
+                                 "memory of another model")
 
     def _write(self, segment):
         "The memory with new memory tokens; a row without a token keeps those that it has."

@@ -140,3 +140,9 @@ def test_what_the_write_tokens_read_can_be_seen(mem_len):
     assert [seen.layer for seen in layers] == [1, 2]
     assert layers[0].weights.shape == (2, 2, 3, mem_len + 3 + 8 + 3)
     assert layers[0].kinds == ["xl"] * mem_len + ["tokens"] * 3 + ["segment"] * 11
+
+
+@pytest.mark.parametrize("other", [dict(num_memory_tokens=4), dict(mem_len=5), dict(read_only=True)])
+def test_a_memory_of_another_size_is_refused(other):
+    with pytest.raises(ValueError, match="memory of another model"):
+        small().step(text(), small(**other).init_memory(2))
