@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import file_exists, hf_hub_download
 
+from .block_recurrent import BlockRecurrentTransformer
 from .compressive import CompressiveTransformer
 from .feedback import FeedbackTransformer
 from .gated_delta import GatedDeltaNet
@@ -30,7 +31,8 @@ from .transformer_xl import TransformerXL
 MODELS = {cls.__name__: cls for cls in (TransformerXL, CompressiveTransformer,
                                         MemoryTransformerXL, FeedbackTransformer,
                                         MemorizingTransformer, RecurrentMemoryTransformer,
-                                        InfiniTransformer, GatedDeltaNet)}
+                                        InfiniTransformer, GatedDeltaNet,
+                                        BlockRecurrentTransformer)}
 
 @dataclass(frozen=True)
 class Preset:
@@ -99,6 +101,16 @@ PRESETS = {
     "gated_delta_base": Preset(GatedDeltaNet, dict(
         num_tokens=256, dim=512, depth=12, heads=4, seq_len=512, layer_dropout=0.1,
         ff_dropout=0.1, emb_dropout=0.1), "a GPU"),
+    "block_recurrent_tiny": Preset(BlockRecurrentTransformer, dict(
+        num_tokens=256, dim=64, depth=2, heads=2, seq_len=64, mem_len=32, num_states=16),
+        "lessons and tests"),
+    "block_recurrent_small": Preset(BlockRecurrentTransformer, dict(
+        num_tokens=256, dim=128, depth=4, heads=4, seq_len=128, num_states=64),
+        "minutes on two cores"),
+    "block_recurrent_base": Preset(BlockRecurrentTransformer, dict(
+        num_tokens=256, dim=1024, depth=12, heads=8, seq_len=512, num_states=512,
+        attn_dropout=0.1, ff_dropout=0.1, attn_layer_dropout=0.1, emb_dropout=0.1),
+        "a GPU (Hutchins et al.)"),
 }
 
 # %% ../nbs/40_zoo.ipynb #0b5079d2

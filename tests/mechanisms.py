@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memformers import (CompressiveTransformer, FeedbackTransformer, GatedDeltaNet,
-                        InfiniTransformer, MemorizingTransformer, MemoryTransformerXL,
-                        RecurrentMemoryTransformer, TransformerXL)
+from memformers import (BlockRecurrentTransformer, CompressiveTransformer, FeedbackTransformer,
+                        GatedDeltaNet, InfiniTransformer, MemorizingTransformer,
+                        MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
 
 SIZES = dict(num_tokens=17, dim=12, depth=3, heads=3, seq_len=5)
 N, KNN = SIZES["seq_len"], dict(dim_head=4, memorizing_layers=[2])
@@ -123,6 +123,12 @@ MECHANISMS = [
     Mechanism("gated_delta_options", GatedDeltaNet, dict(
               negative_eigenvalues=True, expand_v=2, dim_head=2, ff_glu=True, emb_dim=8,
               tie_embeddings=True), splits=True, attends=False),
+    Mechanism("block_recurrent", BlockRecurrentTransformer, dict(num_states=4, mem_len=7)),
+    Mechanism("block_recurrent_lstm", BlockRecurrentTransformer, dict(
+              num_states=1, gate="lstm", recurrent_layer=1, ff_glu=True, emb_dim=8,
+              tie_embeddings=True)),
+    Mechanism("block_recurrent_states_only", BlockRecurrentTransformer, dict(
+              num_states=3, mem_len=0, recurrent_layer=3)),
 ]
 
 

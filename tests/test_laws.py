@@ -635,6 +635,7 @@ def test_a_key_stands_for_the_tokens_that_it_names(mechanism):
     others. (Entries of the Feedback Transformer depend on all that was read before them.)"""
     if not mechanism.attends: pytest.skip("it attends to nothing")
     ones = {name: [1] for name in mechanism.options if name.endswith("layers")}
+    if "recurrent_layer" in mechanism.options: ones["recurrent_layer"] = 1
     # Where the attention of later tokens chooses what is kept, a gate stands between two softmaxes,
     # or a memory holds what a layer gives, other scores change too.
     for name, plain in (("compression", "max"), ("gate", "softmax")):

@@ -1,9 +1,9 @@
 """Constructors of the models: sizes, layers, dropouts and choices that mean nothing."""
 from functools import partial
 
-from memformers import (CompressiveTransformer, FeedbackTransformer, GatedDeltaNet,
-                        InfiniTransformer, MemorizingTransformer, MemoryTransformerXL,
-                        RecurrentMemoryTransformer, TransformerXL)
+from memformers import (BlockRecurrentTransformer, CompressiveTransformer, FeedbackTransformer,
+                        GatedDeltaNet, InfiniTransformer, MemorizingTransformer,
+                        MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
 from refusals.common import refusals
 
 SMALL = dict(num_tokens=17, dim=8, depth=2, heads=2)
@@ -17,6 +17,8 @@ MODELS = {
     "RecurrentMemoryTransformer": partial(RecurrentMemoryTransformer, **SMALL, seq_len=4),
     "InfiniTransformer": partial(InfiniTransformer, **SMALL, seq_len=4),
     "GatedDeltaNet": partial(GatedDeltaNet, **SMALL, seq_len=4),
+    "BlockRecurrentTransformer": partial(BlockRecurrentTransformer, **SMALL, seq_len=4,
+                                         num_states=3),
 }
 QUEUES = ("TransformerXL", "CompressiveTransformer", "MemoryTransformerXL")
 SIZE = (0, -1, 1.5, "8")     # of what must be an integer of 1 or more
@@ -32,16 +34,19 @@ BAD = {name: dict(num_tokens=SIZE, dim=SIZE, depth=SIZE, heads=SIZE, seq_len=SIZ
        for name in MODELS}
 for name in MODELS:
     if name != "GatedDeltaNet": BAD[name] |= dict(attn_dropout=DROPOUT)
-for name in (*QUEUES, "FeedbackTransformer", "RecurrentMemoryTransformer"):
+for name in (*QUEUES, "FeedbackTransformer", "RecurrentMemoryTransformer",
+             "BlockRecurrentTransformer"):
     BAD[name] |= dict(mem_len=LENGTH)
 for name in ("FeedbackTransformer", "MemorizingTransformer"): BAD[name] |= dict(dim_head=SIZE)
 for name in (*QUEUES, "InfiniTransformer"): BAD[name] |= dict(memory_layers=LAYERS)
-for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer"):
+for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer",
+             "BlockRecurrentTransformer"):
     BAD[name] |= dict(attn_layer_dropout=DROPOUT)
 for name in MODELS:
     if name in ("CompressiveTransformer", "MemoryTransformerXL"):
         BAD[name] |= dict(gate=("lstm", None), gate_bias=("one", float("nan")))
-    elif name != "RecurrentMemoryTransformer": BAD[name] |= dict(ff_mult=FF)
+    elif name not in ("RecurrentMemoryTransformer", "BlockRecurrentTransformer"):
+        BAD[name] |= dict(ff_mult=FF)
 
 BAD["TransformerXL"] |= dict(dim_head=OPTIONAL, positions=("rope", None), clamp_len=OPTIONAL)
 BAD["CompressiveTransformer"] |= dict(
@@ -65,12 +70,14 @@ BAD["MemorizingTransformer"] |= dict(
 BAD["InfiniTransformer"] |= dict(
     dim_head=OPTIONAL, delta=("linear", 1), gate=("open", float("nan")),
     gate_rate=(0, "fast", float("inf")))
+BAD["BlockRecurrentTransformer"] |= dict(
+    num_states=SIZE, recurrent_layer=(0, 3, 1.5, "2"), gate=("gru", None))
 BAD["GatedDeltaNet"] |= dict(dim_head=OPTIONAL, expand_v=SIZE, layer_dropout=DROPOUT)
 
 ROWS = [row for name, arguments in BAD.items() for argument, bad in arguments.items()
         for row in refusals(name, MODELS[name], argument, *bad)]
 ROWS += [row for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer",
-                          "GatedDeltaNet")
+                          "GatedDeltaNet", "BlockRecurrentTransformer")
          for row in refusals(name, MODELS[name], "heads", 3)]
 # Lengths that no machine can hold.
 HUGE = {"TransformerXL": ("mem_len", "seq_len"), "CompressiveTransformer": ("mem_len", "cmem_len"),
