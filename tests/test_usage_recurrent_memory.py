@@ -5,6 +5,9 @@ import torch
 from memformers import Reader, RecurrentMemoryTransformer, carry, generate, nbytes
 from memformers.attention import recording
 from memformers.memory import select
+from memformers.tasks import TaskStream, copy_task
+from memformers.train import learn
+from memformers.zoo import create
 
 close = torch.testing.assert_close
 
@@ -41,6 +44,14 @@ def test_the_call_can_keep_the_graph():
     for grad in (False, True):
         _, memories = model(text(), grad=grad)
         assert memories.mem.requires_grad == grad
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_all_weights_learn_by_default(size, recwarn):
+    model = create(f"recurrent_memory_{size}", num_tokens=128, dim=8, heads=1, depth=2, seq_len=6)
+    learn(model, TaskStream(copy_task(2, 8), 2, 6, loss_everywhere=True), steps=2)
+    assert model.train_segments == 2 and all(p.grad is not None for p in model.parameters())
+    assert not [w for w in recwarn if "no gradient" in str(w.message)]
 
 
 def test_truncation_truncates():
