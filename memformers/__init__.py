@@ -1,6 +1,7 @@
 """Memory for transformers: one way to carry, reset and save it."""
 __version__ = "0.1.0"
 
+from .associative import AssociativeTransformer
 from .block_recurrent import BlockRecurrentTransformer
 from .compressive import CompressiveTransformer
 from .data import ByteTokenizer, load_corpus

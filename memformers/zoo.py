@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import file_exists, hf_hub_download
 
+from .associative import AssociativeTransformer
 from .block_recurrent import BlockRecurrentTransformer
 from .compressive import CompressiveTransformer
 from .feedback import FeedbackTransformer
@@ -31,7 +32,7 @@ from .transformer_xl import TransformerXL
 MODELS = {cls.__name__: cls for cls in (TransformerXL, CompressiveTransformer,
                                         MemoryTransformerXL, FeedbackTransformer,
                                         MemorizingTransformer, RecurrentMemoryTransformer,
-                                        InfiniTransformer, GatedDeltaNet,
+                                        InfiniTransformer, GatedDeltaNet, AssociativeTransformer,
                                         BlockRecurrentTransformer)}
 
 @dataclass(frozen=True)
@@ -101,6 +102,16 @@ PRESETS = {
     "gated_delta_base": Preset(GatedDeltaNet, dict(
         num_tokens=256, dim=512, depth=12, heads=4, seq_len=512, layer_dropout=0.1,
         ff_dropout=0.1, emb_dropout=0.1), "a GPU"),
+    "associative_tiny": Preset(AssociativeTransformer, dict(
+        num_tokens=256, dim=64, depth=2, heads=2, seq_len=64, num_memory_tokens=4,
+        dim_memory=16), "lessons and tests"),
+    "associative_small": Preset(AssociativeTransformer, dict(
+        num_tokens=256, dim=128, depth=4, heads=4, seq_len=128, num_memory_tokens=8,
+        dim_memory=32), "minutes on two cores"),
+    "associative_base": Preset(AssociativeTransformer, dict(
+        num_tokens=256, dim=512, depth=12, heads=8, seq_len=512, num_memory_tokens=16,
+        dim_memory=64, attn_dropout=0.1, ff_dropout=0.1, attn_layer_dropout=0.1,
+        emb_dropout=0.1), "a GPU"),
     "block_recurrent_tiny": Preset(BlockRecurrentTransformer, dict(
         num_tokens=256, dim=64, depth=2, heads=2, seq_len=64, mem_len=32, num_states=16),
         "lessons and tests"),

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memformers import (BlockRecurrentTransformer, CompressiveTransformer, FeedbackTransformer,
+from memformers import (AssociativeTransformer, BlockRecurrentTransformer,
+                        CompressiveTransformer, FeedbackTransformer,
                         GatedDeltaNet, InfiniTransformer, MemorizingTransformer,
                         MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
 
@@ -123,6 +124,14 @@ MECHANISMS = [
     Mechanism("gated_delta_options", GatedDeltaNet, dict(
               negative_eigenvalues=True, expand_v=2, dim_head=2, ff_glu=True, emb_dim=8,
               tie_embeddings=True), splits=True, attends=False),
+    # The share of a key that is new is a constant to the gradient.
+    Mechanism("associative", AssociativeTransformer, dict(num_memory_tokens=3, dim_memory=7),
+              gradient="part"),
+    Mechanism("associative_some", AssociativeTransformer, dict(
+              num_memory_tokens=1, dim_memory=5, nu=2, memory_layers=[1, 3], ff_glu=True, emb_dim=8,
+              tie_embeddings=True), gradient="part"),
+    Mechanism("associative_uncorrected", AssociativeTransformer, dict(
+              num_memory_tokens=2, dim_memory=9, nu=2, correction=False)),
     Mechanism("block_recurrent", BlockRecurrentTransformer, dict(num_states=4, mem_len=7)),
     Mechanism("block_recurrent_lstm", BlockRecurrentTransformer, dict(
               num_states=1, gate="lstm", recurrent_layer=1, ff_glu=True, emb_dim=8,

@@ -641,6 +641,8 @@ def test_a_key_stands_for_the_tokens_that_it_names(mechanism):
     for name, plain in (("compression", "max"), ("gate", "softmax")):
         if mechanism.options.get(name) in ("most_used", "sigmoid", "network"): ones[name] = plain
     name = mechanism.name.split("_")[0]
+    # What is looked up is added before attention, so that it changes all keys.
+    if name == "associative": ones["memory_layers"] = []
     if name == "compressive" or mechanism.name == "xl_enhanced": ones["enhanced_recurrence"] = False
     model, tokens, tried = mechanism.make(depth=1, **ones), text(2, 3 * N), 0
     seen, span = attention(model, tokens)

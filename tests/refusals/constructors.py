@@ -1,7 +1,8 @@
 """Constructors of the models: sizes, layers, dropouts and choices that mean nothing."""
 from functools import partial
 
-from memformers import (BlockRecurrentTransformer, CompressiveTransformer, FeedbackTransformer,
+from memformers import (AssociativeTransformer, BlockRecurrentTransformer,
+                        CompressiveTransformer, FeedbackTransformer,
                         GatedDeltaNet, InfiniTransformer, MemorizingTransformer,
                         MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
 from refusals.common import refusals
@@ -17,6 +18,7 @@ MODELS = {
     "RecurrentMemoryTransformer": partial(RecurrentMemoryTransformer, **SMALL, seq_len=4),
     "InfiniTransformer": partial(InfiniTransformer, **SMALL, seq_len=4),
     "GatedDeltaNet": partial(GatedDeltaNet, **SMALL, seq_len=4),
+    "AssociativeTransformer": partial(AssociativeTransformer, **SMALL, seq_len=4),
     "BlockRecurrentTransformer": partial(BlockRecurrentTransformer, **SMALL, seq_len=4,
                                          num_states=3),
 }
@@ -38,14 +40,16 @@ for name in (*QUEUES, "FeedbackTransformer", "RecurrentMemoryTransformer",
              "BlockRecurrentTransformer"):
     BAD[name] |= dict(mem_len=LENGTH)
 for name in ("FeedbackTransformer", "MemorizingTransformer"): BAD[name] |= dict(dim_head=SIZE)
-for name in (*QUEUES, "InfiniTransformer"): BAD[name] |= dict(memory_layers=LAYERS)
-for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer",
+for name in (*QUEUES, "InfiniTransformer", "AssociativeTransformer"):
+    BAD[name] |= dict(memory_layers=LAYERS)
+for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer", "AssociativeTransformer",
              "BlockRecurrentTransformer"):
     BAD[name] |= dict(attn_layer_dropout=DROPOUT)
 for name in MODELS:
     if name in ("CompressiveTransformer", "MemoryTransformerXL"):
         BAD[name] |= dict(gate=("lstm", None), gate_bias=("one", float("nan")))
-    elif name not in ("RecurrentMemoryTransformer", "BlockRecurrentTransformer"):
+    elif name not in ("RecurrentMemoryTransformer", "AssociativeTransformer",
+                      "BlockRecurrentTransformer"):
         BAD[name] |= dict(ff_mult=FF)
 
 BAD["TransformerXL"] |= dict(dim_head=OPTIONAL, positions=("rope", None), clamp_len=OPTIONAL)
@@ -73,11 +77,12 @@ BAD["InfiniTransformer"] |= dict(
 BAD["BlockRecurrentTransformer"] |= dict(
     num_states=SIZE, recurrent_layer=(0, 3, 1.5, "2"), gate=("gru", None))
 BAD["GatedDeltaNet"] |= dict(dim_head=OPTIONAL, expand_v=SIZE, layer_dropout=DROPOUT)
+BAD["AssociativeTransformer"] |= dict(num_memory_tokens=SIZE, nu=SIZE, dim_memory=(1, *SIZE))
 
 ROWS = [row for name, arguments in BAD.items() for argument, bad in arguments.items()
         for row in refusals(name, MODELS[name], argument, *bad)]
 ROWS += [row for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer",
-                          "GatedDeltaNet", "BlockRecurrentTransformer")
+                          "GatedDeltaNet", "AssociativeTransformer", "BlockRecurrentTransformer")
          for row in refusals(name, MODELS[name], "heads", 3)]
 # Lengths that no machine can hold.
 HUGE = {"TransformerXL": ("mem_len", "seq_len"), "CompressiveTransformer": ("mem_len", "cmem_len"),
