@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
@@ -99,7 +100,7 @@ def _search_row(keys, valid, queries, k):
     top = _top_columns(score, min(k, score.shape[1]))
     return score.gather(1, top), slot.gather(1, top)
 
-# %% ../nbs/13_knn.ipynb #50c3033d
+# %% ../nbs/13_knn.ipynb #50c3033e
 def _check_search(keys, queries, topk):
     "Refuse queries that do not fit the keys."
     if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
@@ -108,15 +109,20 @@ def _check_search(keys, queries, topk):
         raise ValueError(f"queries must be (rows, q, d) with {len(keys)} rows of width "
                          f"{keys.shape[-1]}, like the keys; got {tuple(queries.shape)}")
 
-@torch.no_grad()
-def nearest(
-    keys: Tensor,    # (r, m, d)
-    fill: Tensor,    # (r,) how many keys of each row are memories; they come first
-    queries: Tensor, # (r, q, d)
-    topk: int,       # how many to find
-) -> tuple[Tensor, Tensor, Tensor]: # (r, q, topk) inner products, slots, and bool: found
-    "The keys with the largest inner products with each query, exactly, in no order."
-    _check_search(keys, queries, topk)
+def _traced(keys, fill, queries, topk):
+    "Scores and slots as one product and one selection, for `torch.compile`."
+    queries, m, found = _wide(queries), keys.shape[1], []
+    keys = _wide(keys).to(queries.dtype)
+    empty = torch.arange(m, device=keys.device) >= fill[:, None, None]
+    for block in queries.split(256, 1):
+        scores = (block @ keys.mT).masked_fill(empty, -torch.inf)
+        found.append(scores.topk(min(topk, m), sorted=False))
+    scores, slots = (torch.cat(part, 1) for part in zip(*found))
+    more = (0, topk - scores.shape[-1])
+    return F.pad(scores, more, value=-torch.inf), F.pad(slots, more)
+
+def _by_row(keys, fill, queries, topk):
+    "Scores and slots, each row by `_search_row`."
     r, q, _ = queries.shape
     on_host = _on_host(keys)
     dtype = torch.promote_types(torch.float32, queries.dtype)
@@ -129,6 +135,20 @@ def nearest(
         valid = None if on_host else torch.arange(m, device=keys.device) < fill[row]
         k = min(topk, m)
         scores[row, :, :k], slots[row, :, :k] = _search_row(keys[row, :m], valid, queries[row], k)
+    return scores, slots
+
+# %% ../nbs/13_knn.ipynb #50c3033d
+@torch.no_grad()
+def nearest(
+    keys: Tensor,    # (r, m, d)
+    fill: Tensor,    # (r,) how many keys of each row are memories; they come first
+    queries: Tensor, # (r, q, d)
+    topk: int,       # how many to find
+) -> tuple[Tensor, Tensor, Tensor]: # (r, q, topk) inner products, slots, and bool: found
+    "The keys with the largest inner products with each query, exactly, in no order."
+    _check_search(keys, queries, topk)
+    search = _traced if torch.compiler.is_compiling() else _by_row
+    scores, slots = search(keys, fill, queries, topk)
     found = scores > -torch.inf
     return scores.masked_fill(~found, 0), slots.masked_fill(~found, 0), found
 
@@ -169,7 +189,8 @@ def _resized(kv, slots):
 
 def _version(t):
     "How often a tensor was written in place."
-    return t._version if isinstance(t, Tensor) and not t.is_inference() else None
+    if torch.compiler.is_compiling() or not isinstance(t, Tensor): return None
+    return None if t.is_inference() else t._version
 
 def _check_store(kv, written, most):
     "Refuse tensors that do not form a store."
@@ -202,24 +223,16 @@ class KNNStore:
     unpacks = ("kv", "written")
 
     def __post_init__(self):
-        kv = object.__getattribute__(self, "kv")
+        kv = self.__dict__["kv"]
         set_ = lambda name, value: object.__setattr__(self, name, value)
         if isinstance(kv, Tensor):
             if self.max_memories is None: set_("max_memories", kv.shape[-3])
             _check_store(kv, self.written, self.max_memories)
             # Only a tensor made outside inference mode counts its writes.
-            if kv.is_inference():
+            if not torch.compiler.is_compiling() and kv.is_inference():
                 with torch.inference_mode(False): set_("kv", kv.clone())
-        set_("_seen", _version(object.__getattribute__(self, "kv")))
+        set_("_seen", _version(self.__dict__["kv"]))
         set_("_bound", None)  # on an accelerator: an upper bound of `written`; None: not known
-
-    def __getattribute__(self, name):
-        value = object.__getattribute__(self, name)
-        if name == "kv" and _version(value) != object.__getattribute__(self, "_seen"):
-            raise ValueError("this memory is spent: it was carried, and its store has been written "
-                             "since. Continue with what `carry` returned; to continue from this "
-                             "memory too, take `clone(memory)` before.")
-        return value
 
     # A copy has tensors of its own, which have not been written yet.
     def __reduce__(self): return KNNStore, (self.kv, self.written, self.max_memories)
@@ -229,6 +242,17 @@ class KNNStore:
         store = KNNStore(kv, written, self.max_memories)
         object.__setattr__(store, "_bound", self._bound if bound is None else bound)
         return store
+
+def _unspent(store):
+    "Keys and values, if they were not written since the store was made."
+    kv = store.__dict__["kv"]
+    if store._seen is not None and _version(kv) not in (store._seen, None):
+        raise ValueError("this memory is spent: it was carried, and its store has been written "
+                         "since. Continue with what `carry` returned; to continue from this "
+                         "memory too, take `clone(memory)` before.")
+    return kv
+
+KNNStore.kv = property(_unspent, lambda store, kv: store.__dict__.update(kv=kv))
 
 # %% ../nbs/13_knn.ipynb #2ad6be01
 @patch(as_prop=True)

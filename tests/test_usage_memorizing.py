@@ -6,6 +6,7 @@ import torch
 
 from memformers import (KNNAttention, KNNMemory, MemorizingTransformer, carry, clone, generate,
                         load_memory, nbytes, reset, save_memory, select)
+from memformers.generate import Reader
 from memformers.knn import KNNStore
 from memformers.memorizing import to_memory
 
@@ -499,6 +500,41 @@ def test_generation_reads_the_memory():
             memory = carry(out.memory)
             logits.append(out.logits)
     assert torch.equal(torch.cat(logits, 1)[:, 36:-1].argmax(-1), new)
+
+
+def test_a_compiled_step_is_one_graph_and_equals_the_eager_one():
+    """Also when the store grows between segments, and with the gradient."""
+    torch._dynamo.reset()
+    model = small(max_knn_memories=24).double()
+    step = torch.compile(lambda tokens, memory: model.step(tokens, memory), backend="eager",
+                         fullgraph=True)
+    memories = [None, None]
+    for i in range(3):
+        outs = [f(text(seed=i), memory) for f, memory in zip((step, model.step), memories)]
+        torch.testing.assert_close(outs[0].logits, outs[1].logits)
+        grads = [torch.autograd.grad(out.logits.square().sum(), model.embedding.weight)[0]
+                 for out in outs]
+        torch.testing.assert_close(*grads)
+        memories = [carry(out.memory) for out in outs]
+    assert memories[0].knn.capacity == 24
+
+
+def test_equal_keys_are_interchangeable():
+    """In layer 1 equal tokens have equal keys. Which of them is found changes their ages only, so
+    only the gate that looks at ages can tell."""
+    tokens = text(2, 64)[:, :64] % 8
+    def gap(**options):
+        model, memory, parts = small(memorizing_layers=[1], **options).double(), None, []
+        reader = Reader(model, 2)
+        with torch.no_grad():
+            pieces = torch.stack([reader.read(t) for t in tokens.split(1, 1)], 1)
+            for part in tokens.split(8, 1):
+                out = model.step(part, memory)
+                memory, parts = carry(out.memory), parts + [out.logits]
+        return (pieces - torch.cat(parts, 1)).abs().max()
+    assert gap() < 1e-10 and gap(gate="sigmoid") < 1e-10
+    assert gap(gate="network", num_retrieved_memories=None, max_knn_memories=64) < 1e-10
+    assert gap(gate="network") < .1
 
 
 # what is refused
