@@ -149,7 +149,7 @@ def _keys(
     # A token that can read nothing reads a blank key, whose value is zero.
     if blank: reads = torch.cat([~reads.any(-1, keepdim=True), reads], -1)
     keys = [Keys(n, m + n, timeless=blank, hidden=~reads[:, None],
-                 kinds=(("", blank, 0), ("long_term", m + n, 1)))]
+                 kinds=(("", blank, 0), ("feedback", m + n, 1)))]
     if seq_len > 1:
         w = seq_len - 1
         own = _in_window(distances(n, w + n, device=device), offset)

@@ -626,7 +626,7 @@ def test_attention_weights_are_shares(mechanism):
         close(seen.weights.sum(-1), torch.ones(b, h, n).double())
         ahead = (seen.age < 0).expand_as(seen.weights)
         assert not seen.weights[ahead].any(), "nothing is seen before it was read"
-    assert all("segment" in seen.kinds or "long_term" in seen.kinds for seen in layers)
+    assert all({"segment", "long_term", "feedback"} & set(seen.kinds) for seen in layers)
 
 
 @each
