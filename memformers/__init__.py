@@ -12,6 +12,7 @@ from .knn_memory import KNNMemory, KNNMemoryList
 from .memorizing import KNNAttention, MemorizingTransformer
 from .memory import carry, cast, clone, nbytes, reset, select
 from .memory_transformer_xl import MemoryTransformerXL
+from .neural_memory import NeuralMemoryTransformer
 from .gated_delta import GatedDeltaNet
 from .generate import Reader, generate, stream
 from .model import MemoryLM, Step

@@ -7,7 +7,8 @@ import torch
 from memformers import (AssociativeTransformer, BlockRecurrentTransformer,
                         CompressiveTransformer, FeedbackTransformer,
                         GatedDeltaNet, InfiniTransformer, MemorizingTransformer,
-                        MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
+                        MemoryTransformerXL, NeuralMemoryTransformer,
+                        RecurrentMemoryTransformer, TransformerXL)
 
 SIZES = dict(num_tokens=17, dim=12, depth=3, heads=3, seq_len=5)
 N, KNN = SIZES["seq_len"], dict(dim_head=4, memorizing_layers=[2])
@@ -138,6 +139,11 @@ MECHANISMS = [
               tie_embeddings=True)),
     Mechanism("block_recurrent_states_only", BlockRecurrentTransformer, dict(
               num_states=3, mem_len=0, recurrent_layer=3)),
+    Mechanism("neural_gate", NeuralMemoryTransformer, dict(max_step=.1)),
+    Mechanism("neural_layer", NeuralMemoryTransformer, dict(
+              wiring="layer", memory_depth=1, dim_head=5, ff_glu=True, emb_dim=8,
+              tie_embeddings=True, max_step=.1)),
+    Mechanism("neural_context", NeuralMemoryTransformer, dict(wiring="context", expand=1, max_step=.1)),
 ]
 
 

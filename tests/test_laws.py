@@ -637,9 +637,10 @@ def test_a_key_stands_for_the_tokens_that_it_names(mechanism):
     ones = {name: [1] for name in mechanism.options if name.endswith("layers")}
     if "recurrent_layer" in mechanism.options: ones["recurrent_layer"] = 1
     # Where the attention of later tokens chooses what is kept, a gate stands between two softmaxes,
-    # or a memory holds what a layer gives, other scores change too.
-    for name, plain in (("compression", "max"), ("gate", "softmax")):
-        if mechanism.options.get(name) in ("most_used", "sigmoid", "network"): ones[name] = plain
+    # or a memory holds what a layer gives or is read before attention, other scores change too.
+    for name, plain in (("compression", "max"), ("gate", "softmax"), ("wiring", "gate")):
+        if mechanism.options.get(name) in ("most_used", "sigmoid", "network", "layer"):
+            ones[name] = plain
     name = mechanism.name.split("_")[0]
     # What is looked up is added before attention, so that it changes all keys.
     if name == "associative": ones["memory_layers"] = []

@@ -4,7 +4,8 @@ from functools import partial
 from memformers import (AssociativeTransformer, BlockRecurrentTransformer,
                         CompressiveTransformer, FeedbackTransformer,
                         GatedDeltaNet, InfiniTransformer, MemorizingTransformer,
-                        MemoryTransformerXL, RecurrentMemoryTransformer, TransformerXL)
+                        MemoryTransformerXL, NeuralMemoryTransformer,
+                        RecurrentMemoryTransformer, TransformerXL)
 from refusals.common import refusals
 
 SMALL = dict(num_tokens=17, dim=8, depth=2, heads=2)
@@ -21,6 +22,7 @@ MODELS = {
     "AssociativeTransformer": partial(AssociativeTransformer, **SMALL, seq_len=4),
     "BlockRecurrentTransformer": partial(BlockRecurrentTransformer, **SMALL, seq_len=4,
                                          num_states=3),
+    "NeuralMemoryTransformer": partial(NeuralMemoryTransformer, **SMALL, seq_len=4),
 }
 QUEUES = ("TransformerXL", "CompressiveTransformer", "MemoryTransformerXL")
 SIZE = (0, -1, 1.5, "8")     # of what must be an integer of 1 or more
@@ -76,13 +78,17 @@ BAD["InfiniTransformer"] |= dict(
     gate_rate=(0, "fast", float("inf")))
 BAD["BlockRecurrentTransformer"] |= dict(
     num_states=SIZE, recurrent_layer=(0, 3, 1.5, "2"), gate=("gru", None))
+BAD["NeuralMemoryTransformer"] |= dict(
+    dim_head=OPTIONAL, attn_layer_dropout=DROPOUT, wiring=("both", None),
+    memory_depth=(0, 3, "2"), expand=SIZE, max_step=(-1, "small", float("nan")))
 BAD["GatedDeltaNet"] |= dict(dim_head=OPTIONAL, expand_v=SIZE, layer_dropout=DROPOUT)
 BAD["AssociativeTransformer"] |= dict(num_memory_tokens=SIZE, nu=SIZE, dim_memory=(1, *SIZE))
 
 ROWS = [row for name, arguments in BAD.items() for argument, bad in arguments.items()
         for row in refusals(name, MODELS[name], argument, *bad)]
 ROWS += [row for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer",
-                          "GatedDeltaNet", "AssociativeTransformer", "BlockRecurrentTransformer")
+                          "GatedDeltaNet", "AssociativeTransformer", "BlockRecurrentTransformer",
+                          "NeuralMemoryTransformer")
          for row in refusals(name, MODELS[name], "heads", 3)]
 # Lengths that no machine can hold.
 HUGE = {"TransformerXL": ("mem_len", "seq_len"), "CompressiveTransformer": ("mem_len", "cmem_len"),
