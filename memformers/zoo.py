@@ -23,6 +23,7 @@ from .infini import InfiniTransformer
 from .memorizing import MemorizingTransformer
 from .memory import nbytes
 from .memory_transformer_xl import MemoryTransformerXL
+from .neural_memory import NeuralMemoryTransformer
 from .files import read_config
 from .model import MemoryLM
 from .recurrent_memory import RecurrentMemoryTransformer
@@ -33,7 +34,7 @@ MODELS = {cls.__name__: cls for cls in (TransformerXL, CompressiveTransformer,
                                         MemoryTransformerXL, FeedbackTransformer,
                                         MemorizingTransformer, RecurrentMemoryTransformer,
                                         InfiniTransformer, GatedDeltaNet, AssociativeTransformer,
-                                        BlockRecurrentTransformer)}
+                                        BlockRecurrentTransformer, NeuralMemoryTransformer)}
 
 @dataclass(frozen=True)
 class Preset:
@@ -122,6 +123,13 @@ PRESETS = {
         num_tokens=256, dim=1024, depth=12, heads=8, seq_len=512, num_states=512,
         attn_dropout=0.1, ff_dropout=0.1, attn_layer_dropout=0.1, emb_dropout=0.1),
         "a GPU (Hutchins et al.)"),
+    "neural_memory_tiny": Preset(NeuralMemoryTransformer, dict(
+        num_tokens=256, dim=64, depth=2, heads=2, seq_len=32), "lessons and tests"),
+    "neural_memory_small": Preset(NeuralMemoryTransformer, dict(
+        num_tokens=256, dim=128, depth=4, heads=4, seq_len=64), "minutes on two cores"),
+    "neural_memory_base": Preset(NeuralMemoryTransformer, dict(
+        num_tokens=256, dim=512, depth=12, heads=8, seq_len=128, attn_dropout=0.1,
+        ff_dropout=0.1, attn_layer_dropout=0.1, emb_dropout=0.1), "a GPU"),
 }
 
 # %% ../nbs/40_zoo.ipynb #0b5079d2

@@ -45,7 +45,7 @@ MEMORIES = {
     "of no rows": lambda name: select(memory(name), []),
     "of another mechanism": lambda name: memory(OTHER[name]),
     "of another width": lambda name: memory(name, **(
-        dict(dim=16) if name in (*OPTIONS, "RecurrentMemoryTransformer") else dict(dim_head=8))),
+        dict(dim_head=8) if name == "MemorizingTransformer" else dict(dim=16))),
     "a tensor": lambda name: torch.zeros(2, 2, 4, 8), "a string": lambda name: "none",
     "a model": model, "a dict": lambda name: {"mem": torch.zeros(2, 2, 4, 8)},
 }
