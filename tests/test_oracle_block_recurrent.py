@@ -166,3 +166,8 @@ def test_ragged_rows_and_padding(options):
         close(second.logits[row, :len(piece)], logits)
         close(second.memory.states[row], states)
     assert second.memory.tokens.tolist() == [8, 5, 2]
+    # The first row pauses: what it remembers stays as it is.
+    pause = torch.tensor([[False], [True], [True]]).expand(3, 5)
+    third = model.step(text[:, :5], carry(second.memory), pause).memory
+    close(third.states[0], second.memory.states[0], rtol=0, atol=0)
+    assert third.tokens.tolist() == [8, 10, 7]
