@@ -17,7 +17,7 @@ from outputs import differences, same_text
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-AIM, LIMIT = 60, 300  # seconds of one core for a notebook: counted so, a busy machine is no excuse
+AIM, LIMIT = 60, 180  # seconds of one core for a notebook: counted so, a busy machine is no excuse
 VARYING = 30          # cells whose output may differ from run to run, in all notebooks
 # Cells (or all of a page: *) whose output is older than the code, until the page is run again.
 _stale = ROOT / "tests" / "stale_outputs.txt"
