@@ -151,11 +151,11 @@ class GatedLayer(nn.Module):
         gate: str | None = "gru",    # of `Residual`
         mogrify: bool = False,       # of `Residual`
         gate_bias: float = 0.0,      # of `Residual`
-        gate_relu: bool = False,     # of `Residual`
         ff_glu: bool = False,
         attn_dropout: float = 0.0,   # on attention weights
         layer_dropout: float = 0.0,  # on what attention adds
         ff_dropout: float = 0.0,
+        gate_relu: bool = False,     # of `Residual`
     ):
         super().__init__()
         self.heads, self.dim_head, self.kv_heads = heads, dim // heads, kv_heads or heads

@@ -179,8 +179,9 @@ class MemoryTransformerXL(MemoryLM):
         self.positions = LearnedPositions(self.mem_len + seq_len, heads, width)
         self.layers = nn.ModuleList(
             GatedLayer(dim, heads, 1 if one_kv_head else None, num_mem_kv,
-                       gate if gru_gated_residual else None, mogrify_gru, gate_bias, ff_glu,
-                       attn_dropout, attn_layer_dropout, ff_dropout)
+                       gate if gru_gated_residual else None, mogrify_gru, gate_bias,
+                       ff_glu=ff_glu, attn_dropout=attn_dropout,
+                       layer_dropout=attn_layer_dropout, ff_dropout=ff_dropout)
             for _ in range(depth))
         self.writer = MemoryWriter(dim, self.lmem_len, len(self.memory_layers), mem_heads,
                                    mem_write_iters, num_mem_kv, gate, gate_bias, mogrify_gru,
