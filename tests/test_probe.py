@@ -206,6 +206,10 @@ def test_a_lookup_refuses():
 @each
 def test_every_mechanism_says_what_it_looked_up(mechanism):
     """The reads are the largest weights of the query, and none lies in the future."""
+    if not mechanism.attends:
+        with pytest.raises(ValueError, match="records no attention weights"):
+            lookup(mechanism.make(), [1, 2, 3], at=2)
+        return
     model, text = mechanism.make(), corpus([40]).documents[0]
     found = lookup(model, text, at=37, top=5)
     ids = torch.from_numpy(text.astype(np.int64))[None]
