@@ -89,3 +89,14 @@ def test_a_pair_that_is_written_twice(delta, found):
     (dict(heads=5), "heads"), (dict(memory_layers=[3]), "memory_layers")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message): small(**options)
+
+
+@pytest.mark.parametrize("delta", [None, "segment", "token"])
+def test_what_is_stored_does_not_depend_on_autocast(delta):
+    from memformers.infini import store
+    torch.manual_seed(0)
+    k, v, state = torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 4), torch.zeros(2, 2, 4, 4)
+    norm = torch.zeros(2, 2, 0 if delta == "token" else 4)
+    right = store(k, v, state, norm, delta, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16): ours = store(k, v, state, norm, delta, None)
+    for a, b in zip(ours, right): close(a, b)
