@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .attention import (Cursor, Keys, KVCache, Span, check_dropout, check_heads,
                                   check_layers, check_sizes, keys_of)
 from .gates import GatedLayer
-from .memory import carry, full_precision, memory_state, replace, without_autocast
+from .memory import full_precision, memory_state, replace, without_autocast
 from .model import MemoryLM, init_weights
 from .positions import LearnedPositions
 
@@ -198,14 +198,3 @@ class AssociativeTransformer(MemoryLM):
             states.append(x)
             caches.append(cache)
         return states, caches
-
-    def forward(
-        self,
-        x: Tensor,
-        memories: AssociativeMemory | None = None,
-        mask: Tensor | None = None,
-        grad: bool = False, # keep the graph, so that the next loss trains what was written?
-    ):
-        "Logits (b, n, num_tokens) and the memory for the next segment, already carried."
-        out = self.step(x, memories, mask)
-        return out.logits, carry(out.memory, grad=grad)

@@ -14,7 +14,7 @@ from .attention import (Buffer, Cursor, Keys, KVCache, Span, attend, attention_w
                                   check_choice, check_dropout, check_heads, check_sizes,
                                   is_recording, keys_of, record, used_slots, valid_slots)
 from .gates import GatedLayer
-from .memory import carry, full_precision, memory_state, push, replace, slots
+from .memory import full_precision, memory_state, push, replace, slots
 from .model import MemoryLM, init_weights
 from .positions import T5Positions
 
@@ -247,14 +247,3 @@ class BlockRecurrentTransformer(MemoryLM):
         ones = lambda n: torch.ones(b, n, dtype=torch.bool, device=memory.mem.device)
         return torch.cat([ones(m) if filled is None else filled,
                           ones(columns) if valid is None else valid], 1)
-
-    def forward(
-        self,
-        x: Tensor,
-        memories: BlockMemory | None = None,
-        mask: Tensor | None = None,
-        grad: bool = False, # keep the graph, so that the next loss trains what was written?
-    ):
-        "Logits (b, n, num_tokens) and the memory for the next segment, already carried."
-        out = self.step(x, memories, mask)
-        return out.logits, carry(out.memory, grad=grad)

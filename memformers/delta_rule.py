@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .memory import without_autocast
+
 # %% ../nbs/15_delta_rule.ipynb #15d1000a
 def _token(q, k, v, beta, g, state):
     "One token (1): q, k (b, h, dk), v (b, h, dv), beta and g (b, h, 1), state (b, h, dk, dv)."
@@ -110,7 +112,7 @@ def delta_rule(
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=exact) if state is None \
         else state.to(exact)
     if q.shape[2] == 0: return v, state
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if q.is_cuda and q.dtype == k.dtype == v.dtype != exact and q.shape[2] > 1 and _fla():
             return _kernel(_fla(), q, k, v, beta, g, state)
         x, g = [t.to(exact) for t in (q, k, v, beta[..., None])], \

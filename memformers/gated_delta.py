@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import (Cursor, FeedForward, Span, check_dropout, check_heads,
                                   check_sizes)
 from .delta_rule import delta_rule
-from .memory import carry, full_precision, memory_state
+from .memory import full_precision, memory_state
 from .model import MemoryLM, init_weights
 
 # %% ../nbs/27_gated_delta.ipynb #06c81d41
@@ -154,8 +154,3 @@ class GatedDeltaNet(MemoryLM):
 
     def finish(self, segment: DeltaSegment):
         return segment.memory, self.no_aux_loss()
-
-    def forward(self, x: Tensor, memories: DeltaMemory | None = None, mask: Tensor | None = None):
-        "Logits (b, n, num_tokens) and the memory for the next segment, already carried."
-        out = self.step(x, memories, mask)
-        return out.logits, carry(out.memory)

@@ -16,10 +16,9 @@ from .attention import (Cursor, FeedForward, Keys, KVCache, Span, attend, check_
                                   check_dropout, check_heads, check_layers, check_numbers,
                                   check_sizes, keys_of)
 from .delta_rule import delta_rule
-from .memory import (carry, full_precision, memory_state, replace, shared,
-                               without_autocast)
+from .memory import full_precision, memory_state, replace, shared, without_autocast
 from .model import MemoryLM, init_weights
-from .positions import XLPositions
+from .positions import XLPositions, position_tables
 
 # %% ../nbs/26_infini.ipynb #7ad980cb
 @memory_state
@@ -185,13 +184,14 @@ class InfiniTransformer(MemoryLM):
         b, capacity = len(memory.tokens), capacity or self.seq_len
         none = self.embedding.weight.new_empty(b, self.heads, 0, self.width)
         caches = [KVCache.open(none, none) for _ in self.layers]
-        return InfiniSegment(memory, Cursor.start(b, capacity), caches, self._tables(capacity))
+        return InfiniSegment(memory, Cursor.start(b, capacity), caches,
+                             position_tables(self.layers, capacity))
 
     def extend(self, segment: InfiniSegment, tokens: Tensor, mask: Tensor | None = None):
         x, caches, memory = self.embed(tokens), [], segment.memory
         span, cursor = segment.cursor.advance(tokens.shape[1], mask)
         keys, tables = keys_of(span, 0, device=x.device), segment.tables
-        if tables[0].shape[-1] < span.end: tables = self._tables(span.capacity)
+        if tables[0].shape[-1] < span.end: tables = position_tables(self.layers, span.capacity)
         each = zip(memory.matrix.unbind(1), memory.norm.unbind(1))
         memories = {i: (*pair, memory.tokens) for i, pair in zip(self.memory_layers, each)}
         for i, layer in enumerate(self.layers):
@@ -213,13 +213,3 @@ class InfiniTransformer(MemoryLM):
             else (memory.matrix, memory.norm)
         tokens = memory.tokens + cursor.length.to(memory.tokens.device)
         return InfiniMemory(matrix, norm, tokens), self.no_aux_loss()
-
-    def _tables(self, known):
-        "The positions of each layer, for that many distances."
-        encoded = self.layers[0].positions.encode(known, self.embedding.weight.device)
-        return [layer.positions.project(encoded) for layer in self.layers]
-
-    def forward(self, x: Tensor, memories: InfiniMemory | None = None, mask: Tensor | None = None):
-        "Logits (b, n, num_tokens) and the memory for the next segment, already carried."
-        out = self.step(x, memories, mask)
-        return out.logits, carry(out.memory)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .attention import LayerAttention, check_dropout, check_sizes, recording
 from .files import _Files
-from .memory import check_memory
+from .memory import carry, check_memory
 
 # %% ../nbs/16_model.ipynb #087539d7
 class Step(NamedTuple):
@@ -195,6 +195,17 @@ class MemoryLM(nn.Module, _Files, ABC):
         "A segment whose padding comes last."
         logits, segment = self.extend(self.begin(memory, tokens.shape[1]), tokens, mask)
         return Step(logits, *finish(segment))
+
+    def forward(
+        self,
+        x: Tensor,                  # (b, n) token ids
+        memories=None,              # carried; None: a fresh one
+        mask: Tensor | None = None, # (b, n) bool, True where a token is real
+        grad: bool = False, # keep the graph, so that the next loss trains what was written?
+    ):
+        "Logits (b, n, num_tokens) and the memory for the next segment, already carried."
+        out = self.step(x, memories, mask)
+        return out.logits, carry(out.memory, grad=grad)
 
     @torch.no_grad()
     def attention_weights(self, tokens: Tensor, memory=None) -> list[LayerAttention]:

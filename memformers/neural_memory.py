@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from .attention import (Buffer, Cursor, FeedForward, KVCache, attend, check_choice,
                                   check_dropout, check_heads, check_numbers, check_sizes, keys_of)
-from .memory import (carry, full_precision, memory_state, replace, shared,
-                               without_autocast)
+from .memory import full_precision, memory_state, replace, shared, without_autocast
 from .model import MemoryLM, init_weights
-from .positions import XLPositions
+from .positions import XLPositions, position_tables
 
 # %% ../nbs/30_neural_memory.ipynb #bb848755
 @memory_state
@@ -238,13 +237,13 @@ class NeuralMemoryTransformer(MemoryLM):
         caches = [[opened() for _ in range(1 + (part.wiring == "context"))] for _ in self.layers]
         written = [Buffer(none(2 * part.memory.d + 3), 0) for _ in self.layers]
         return NeuralSegment(memory, Cursor.start(b, capacity), caches, written,
-                             self._tables(capacity))
+                             position_tables(self.layers, capacity))
 
     def extend(self, segment: NeuralSegment, tokens: Tensor, mask: Tensor | None = None):
         x, caches, written = self.embed(tokens), [], []
         span, cursor = segment.cursor.advance(tokens.shape[1], mask)
         keys, tables = self._keys(span, x.device), segment.tables
-        if tables[0].shape[-1] < span.end: tables = self._tables(span.capacity)
+        if tables[0].shape[-1] < span.end: tables = position_tables(self.layers, span.capacity)
         for i, (layer, weights) in enumerate(zip(self.layers, segment.memory.weights.unbind(1))):
             x, cache, new = layer(x, segment.caches[i], span, keys, tables[i], weights)
             caches.append(cache)
@@ -263,11 +262,6 @@ class NeuralMemoryTransformer(MemoryLM):
         tokens = memory.tokens + cursor.length.to(memory.tokens.device)
         return NeuralState(weights, momentum, tokens), self.no_aux_loss()
 
-    def _tables(self, known):
-        "The positions of each layer, for that many distances."
-        encoded = self.layers[0].positions.encode(known, self.embedding.weight.device)
-        return [layer.positions.project(encoded) for layer in self.layers]
-
     def _keys(self, span, device):
         "The segment so far; with the wiring `context`, what was found for its tokens before it."
         keys = keys_of(span, 0, device=device)
@@ -275,8 +269,3 @@ class NeuralMemoryTransformer(MemoryLM):
         hidden = None if keys.hidden is None else torch.cat([keys.hidden, keys.hidden], -1)
         return keys._replace(timeless=span.end, hidden=hidden,
                              kinds=(("state", span.end, 0), *keys.kinds))
-
-    def forward(self, x: Tensor, memories: NeuralState | None = None, mask: Tensor | None = None):
-        "Logits (b, n, num_tokens) and the memory for the next segment, already carried."
-        out = self.step(x, memories, mask)
-        return out.logits, carry(out.memory)

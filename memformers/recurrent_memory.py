@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attention import (Buffer, Cursor, Keys, KVCache, check_dropout, check_heads,
                                   check_sizes, distances, keys_of, used_slots, valid_slots)
 from .gates import GatedLayer
-from .memory import carry, memory_state, push, replace, slots
+from .memory import memory_state, push, replace, slots
 from .model import MemoryLM, init_weights
 from .positions import LearnedPositions
 
@@ -167,14 +167,3 @@ class RecurrentMemoryTransformer(MemoryLM):
         kinds = ("xl", m, 1), ("tokens", read, 0), (kind, span.end, 1 if kind == "segment" else 0)
         return Keys(span.n, span.end, (span.end, 1, m), read, distance=distance, hidden=hidden,
                     kinds=kinds)
-
-    def forward(
-        self,
-        x: Tensor,
-        memories: RecurrentMemory | None = None,
-        mask: Tensor | None = None,
-        grad: bool = False, # keep the graph, so that the next loss trains what was written?
-    ):
-        "Logits (b, n, num_tokens) and the memory for the next segment, already carried."
-        out = self.step(x, memories, mask)
-        return out.logits, carry(out.memory, grad=grad)

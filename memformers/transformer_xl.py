@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .attention import (Buffer, Cursor, FeedForward, Keys, KVCache, Span, attend,
                                   check_choice, check_dropout, check_heads, check_layers,
                                   check_sizes, keys_of, split_qkv, used_slots, valid_slots)
-from .memory import carry, memory_state, push, replace, shared, slots
+from .memory import memory_state, push, replace, shared, slots
 from .model import MemoryLM, init_weights
-from .positions import T5Positions, XLPositions
+from .positions import T5Positions, XLPositions, position_tables
 
 # %% ../nbs/20_transformer_xl.ipynb #cc6bc18d
 @memory_state
@@ -167,14 +167,14 @@ class TransformerXL(MemoryLM):
         caches = [layer.open(mems.get(i, empty)) for i, layer in enumerate(self.layers, 1)]
         written = Buffer(memory.mem.new_empty(b, layers, 0, self.dim), 0)
         return XLSegment(memory, Cursor.start(b, capacity), caches, written,
-                         self._tables(m + capacity))
+                         position_tables(self.layers, m + capacity))
 
     def extend(self, segment: XLSegment, tokens: Tensor, mask: Tensor | None = None):
         x, caches, states = self.embed(tokens), [], []
         span, cursor = segment.cursor.advance(tokens.shape[1], mask)
         both, own = self._keys(segment, span, x.device)
         tables = segment.tables if segment.tables[0].shape[-1] >= both.near \
-            else self._tables(both.near - span.end + span.capacity)
+            else position_tables(self.layers, both.near - span.end + span.capacity)
         for i, layer in enumerate(self.layers):
             states.append(x)
             keys = both if i + 1 in self.memory_layers else own
@@ -194,11 +194,6 @@ class TransformerXL(MemoryLM):
         new, valid = segment.written.read(cursor.columns), cursor.valid(memory.mem.device)
         return XLMemory(*push(memory.mem, memory.fill, new, valid)), self.no_aux_loss()    # (3)
 
-    def _tables(self, known):
-        "The positions of each layer, for that many distances."
-        encoded = self.layers[0].positions.encode(known, self.embedding.weight.device)
-        return [layer.positions.project(encoded) for layer in self.layers]
-
     def _keys(self, segment, span, device) -> tuple[Keys, Keys]:
         "What a layer with memory reads, and one without."
         memory, m = segment.memory, max(cache.front for cache in segment.caches)
@@ -207,8 +202,3 @@ class TransformerXL(MemoryLM):
                        total if self.same_length and total else None, device=device)
         if len(self.memory_layers) == len(self.layers): return both, both
         return both, keys_of(span, 0, device=device)
-
-    def forward(self, x: Tensor, memories: XLMemory | None = None, mask: Tensor | None = None):
-        "Logits (b, n, num_tokens) and the memory for the next segment, already carried."
-        out = self.step(x, memories, mask)
-        return out.logits, carry(out.memory)

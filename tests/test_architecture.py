@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 GROUND = {"memory": set(), "files": {"memory"}, "data": set(), "tasks": {"data"},
           "plots": set()}
 PARTS = {"attention": {"memory"}, "positions": {"attention"},
-         "gates": {"attention"}, "fixed_point": set(), "delta_rule": set(), "knn": {"memory"},
+         "gates": {"attention"}, "fixed_point": set(), "delta_rule": {"memory"}, "knn": {"memory"},
          "model": {"memory", "files", "attention"},
          "generate": {"memory", "attention", "model"},
          "train": {"memory", "files", "data", "model", "tasks"},

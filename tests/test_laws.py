@@ -16,6 +16,7 @@ from memformers.files import load_memory, save_memory
 from memformers.generate import Reader
 from memformers.memory import (carry, cast, clone, fields, filled, full_precision, is_memory,
                                memory_state, nbytes, put, reset, select, shuffle)
+from memformers.model import MemoryLM
 
 N = SIZES["seq_len"]
 close = torch.testing.assert_close
@@ -314,6 +315,20 @@ def test_the_graph_can_be_kept(mechanism):
     second.logits.square().sum().backward()
     if mechanism.gradient == "none": assert hidden[0].grad is None and hidden[1].grad.any()
     else: assert hidden[0].grad is not None and hidden[0].grad[:, -1].abs().min() > 0
+
+
+@each
+def test_the_documented_call_is_a_step_and_a_carry(mechanism):
+    """`model(x, memories)` cuts the graph; with `grad=True`, where a model has it, keeps it."""
+    model = mechanism.make()
+    if type(model).forward is not MemoryLM.forward: pytest.skip("it has a call of its own")
+    for grad in (False, True):
+        logits, memory = model(text(), grad=grad)
+        out = model.step(text())
+        assert same(memory, carry(out.memory)) and torch.equal(logits, out.logits)
+        assert any(x.requires_grad for x in leaves(memory)) == (grad and mechanism.gradient != "none")
+    mask = torch.arange(N).expand(3, N) < N - 1
+    close(model(text(), memory, mask)[0], model.step(text(), memory, mask).logits)
 
 
 # 7. files

@@ -8,25 +8,11 @@ import math
 
 import pytest
 import torch
+from scalars import gelu, linear, norm, sigmoid
 
 from memformers import BlockRecurrentTransformer, carry, reset
 
 close = torch.testing.assert_close
-
-
-def norm(module, x):
-    x = x - x.mean()
-    return x / (x.square().mean() + module.eps).sqrt() * module.weight + module.bias
-
-
-def linear(module, x):
-    return module.weight @ x + (0 if module.bias is None else module.bias)
-
-
-def gelu(x): return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def sigmoid(x): return 1 / (1 + (-x).exp())
 
 
 def bucket(distance):

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from scalars import feed, linear, sigmoid, softmax
 
 from memformers import CompressiveTransformer, carry, reset
 
@@ -19,25 +20,6 @@ def norm(module, x, frozen=False):
     if frozen: w, b = w.detach(), b.detach()
     x = x - x.mean()
     return x / (x.square().mean() + module.eps).sqrt() * w + b
-
-
-def linear(module, x):
-    return module.weight @ x + (0 if module.bias is None else module.bias)
-
-
-def gelu(x): return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def sigmoid(x): return 1 / (1 + (-x).exp())
-
-
-def feed(ff, x):
-    x = linear(ff.expand, x)
-    if ff.glu:
-        half = len(x) // 2
-        x = x[:half] * gelu(x[half:])
-    else: x = gelu(x)
-    return linear(ff.contract, x)
 
 
 def join(residual, kind, new, state, relu):
@@ -70,12 +52,6 @@ def join(residual, kind, new, state, relu):
         return z * state + (1 - z) * torch.tanh(third + r * linear(gate.candidate, state))
     a, c = 1 + torch.tanh(first + own[0]), sigmoid(second + own[1])
     return c * state + (1 - c) * torch.tanh(third + a * state)
-
-
-def softmax(scores):
-    s = torch.stack(scores)
-    w = (s - s.max()).exp()
-    return w / w.sum()
 
 
 def split(layer, dim):

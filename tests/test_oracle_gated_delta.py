@@ -8,29 +8,12 @@ import math
 
 import pytest
 import torch
+from scalars import gelu, linear, norm, silu, unit
 
 from memformers import GatedDeltaNet, carry, reset
 from memformers.generate import Reader
 
 close = torch.testing.assert_close
-
-
-def norm(module, x):
-    x = x - x.mean()
-    return x / (x.square().mean() + module.eps).sqrt() * module.weight + module.bias
-
-
-def linear(module, x):
-    return module.weight @ x + (0 if module.bias is None else module.bias)
-
-
-def gelu(x): return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def silu(x): return x / (1 + (-x).exp())
-
-
-def unit(x): return x / x.square().sum().sqrt()
 
 
 def feed(f, x):

@@ -8,34 +8,14 @@ import math
 
 import pytest
 import torch
+from scalars import gelu, linear, norm, sinusoid, unit
 
 from memformers import InfiniTransformer, carry, reset
 
 close = torch.testing.assert_close
 
 
-def norm(module, x):
-    x = x - x.mean()
-    return x / (x.square().mean() + module.eps).sqrt() * module.weight + module.bias
-
-
-def linear(module, x):
-    return module.weight @ x + (0 if module.bias is None else module.bias)
-
-
-def gelu(x): return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
 def sigma(x): return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
-
-
-def unit(x): return x / x.square().sum().sqrt()
-
-
-def sinusoid(distance, dim):
-    angles = [distance / 10000 ** (2 * i / dim) for i in range(dim // 2)]
-    return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles],
-                        dtype=torch.float64)
 
 
 def found(q, matrix, z, delta):

@@ -7,30 +7,11 @@ import math
 
 import pytest
 import torch
+from scalars import feed, linear, norm
 
 from memformers import RecurrentMemoryTransformer, carry, reset
 
 close = torch.testing.assert_close
-
-
-def norm(module, x):
-    x = x - x.mean()
-    return x / (x.square().mean() + module.eps).sqrt() * module.weight + module.bias
-
-
-def linear(module, x): return module.weight @ x + (0 if module.bias is None else module.bias)
-
-
-def gelu(x): return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def feed(ff, x):
-    x = linear(ff.expand, x)
-    if ff.glu:
-        half = len(x) // 2
-        x = x[:half] * gelu(x[half:])
-    else: x = gelu(x)
-    return linear(ff.contract, x)
 
 
 def distance(query, key):

@@ -7,28 +7,11 @@ import math
 
 import pytest
 import torch
+from scalars import feed, linear, norm, sinusoid
 
 from memformers import TransformerXL, carry, reset
 
 close = torch.testing.assert_close
-
-
-def norm(module, x):
-    x = x - x.mean()
-    return x / (x.square().mean() + module.eps).sqrt() * module.weight + module.bias
-
-
-def linear(module, x):
-    return module.weight @ x + (0 if module.bias is None else module.bias)
-
-
-def gelu(x): return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def sinusoid(distance, dim):
-    angles = [distance / 10000 ** (2 * i / dim) for i in range(dim // 2)]
-    return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles],
-                        dtype=torch.float64)
 
 
 def bucket(distance, buckets=32, far=128):
@@ -69,15 +52,6 @@ def attend(model, layer, states, remembered, window):
             heads.append(sum(w[a] * (wv[rows] @ context[j]) for a, j in enumerate(near)))
         out.append(layer.to_out.weight @ torch.cat(heads))
     return out
-
-
-def feed(ff, x):
-    x = linear(ff.expand, x)
-    if ff.glu:
-        half = len(x) // 2
-        x = x[:half] * gelu(x[half:])
-    else: x = gelu(x)
-    return linear(ff.contract, x)
 
 
 def oracle(model, tokens, memory):
