@@ -140,7 +140,8 @@ class AssociativeTransformer(MemoryLM):
         self.heads, self.width = heads, check_heads(dim, heads, None)
         self.memory_layers = check_layers("memory_layers", memory_layers, depth)
         self.num_memory_tokens, self.features = num_memory_tokens, 2 * nu * dim_memory
-        self.write_tokens = nn.Parameter(torch.empty(num_memory_tokens, dim).normal_(std=0.02))
+        self.write_tokens = nn.Parameter(torch.empty(num_memory_tokens, dim).normal_(std=0.02)) \
+            if self.memory_layers else None
         self.positions = LearnedPositions(seq_len + num_memory_tokens, heads, self.width)
         self.layers = nn.ModuleList(
             GatedLayer(dim, heads, gate=None, ff_glu=ff_glu, attn_dropout=attn_dropout,

@@ -120,6 +120,8 @@ def test_notebook_is_committed_executed_without_counts_and_errors(path):
     for cell in code_cells(path):
         assert cell.execution_count is None, cell.source
         assert not [o for o in cell.outputs if o.output_type == "error"], cell.source
+        said = "".join(o.text for o in cell.outputs if o.output_type == "stream")
+        assert "Warning: " not in said, f"stored with a warning, and its path:\n{said}"
         picture = any(kind.startswith("image/") for o in cell.outputs for kind in o.get("data", {}))
         described = {"fig-cap", "fig-alt"} & set(directives(cell))
         if picture: assert len(described) == 2, f"no fig-cap or no fig-alt:\n{cell.source}"
