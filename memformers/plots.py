@@ -105,6 +105,8 @@ class _Figure(Figure):
     "A figure that notebooks keep as SVG, or as PNG where the SVG is larger than `_SVG_LIMIT`."
     def _ipython_display_(self):
         from IPython.display import display
+        # Legends that a lesson adds, outside of the package's style.
+        for legend in filter(None, (ax.get_legend() for ax in self.axes)): legend.set_frame_on(False)
         with style(): svg = _written(self, "svg")
         data, size = {"text/plain": repr(self)}, {}
         if len(svg) <= _SVG_LIMIT: data["image/svg+xml"] = svg[svg.index(b"<svg"):].decode()
