@@ -19,9 +19,6 @@ NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 AIM, LIMIT = 60, 180  # seconds of one core for a notebook: counted so, a busy machine is no excuse
 VARYING = 30          # cells whose output may differ from run to run, in all notebooks
-# Cells (or all of a page: *) whose output is older than the code, until the page is run again.
-_stale = ROOT / "tests" / "stale_outputs.txt"
-STALE = set(_stale.read_text().splitlines()) if _stale.exists() else set()
 
 each_notebook = pytest.mark.parametrize(
     "path", NOTEBOOKS, ids=[path.relative_to(NBS).as_posix() for path in NOTEBOOKS])
@@ -80,9 +77,7 @@ def test_notebook_runs(path, monkeypatch):
     assert seconds <= LIMIT, f"{path.name} took {seconds:.0f} s of one core"
     if seconds > AIM: warnings.warn(f"{path.name} took {seconds:.0f} s of one core, over {AIM} s")
     stored = nbformat.read(path, as_version=4)
-    page = path.relative_to(NBS)
-    found = [what for cell, what in differences(stored, ran[0], directives)
-             if not {f"{page} {cell}", f"{page} *"} & STALE]
+    found = [what for _, what in differences(stored, ran[0], directives)]
     assert not found, f"{path.name} shows something else than it stores; run it again, or mark a " \
         "cell with `#| varies: REASON`\n" + "\n".join(found)
 
