@@ -106,7 +106,8 @@ class _Figure(Figure):
     def _ipython_display_(self):
         from IPython.display import display
         # Legends that a lesson adds, outside of the package's style.
-        for legend in filter(None, (ax.get_legend() for ax in self.axes)): legend.set_frame_on(False)
+        for ax in self.axes:
+            if ax.get_legend(): ax.get_legend().set_frame_on(False)
         with style(): svg = _written(self, "svg")
         data, size = {"text/plain": repr(self)}, {}
         if len(svg) <= _SVG_LIMIT: data["image/svg+xml"] = svg[svg.index(b"<svg"):].decode()

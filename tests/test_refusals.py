@@ -1,7 +1,6 @@
 """What cannot be right is refused: by our own code, with an error that names the argument.
 
-The rows are in `tests/refusals/`, a module for each area with a list `ROWS`. `pending.txt` names
-the rows that the code does not refuse yet: they must fail until it does, then they leave the list.
+The rows are in `tests/refusals/`, a module for each area with a list `ROWS`.
 """
 import importlib
 import inspect
@@ -17,14 +16,6 @@ PACKAGE = Path(memformers.__file__).resolve().parent
 FOLDER = Path(__file__).parent / "refusals"
 AREAS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 ROWS = [row for area in AREAS for row in importlib.import_module(f"refusals.{area}").ROWS]
-_pending = FOLDER / "pending.txt"
-PENDING = set(_pending.read_text().splitlines()) if _pending.exists() else set()
-
-
-def params():
-    for row in ROWS:
-        marks = [pytest.mark.xfail(reason="pending", strict=True)] if row.name in PENDING else []
-        yield pytest.param(row, id=row.name, marks=marks)
 
 
 def raised_by_us(error):
@@ -39,7 +30,7 @@ def wants_folder(call):
     return any(p.default is p.empty for p in inspect.signature(call).parameters.values())
 
 
-@pytest.mark.parametrize("row", list(params()))
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_refused(row, tmp_path):
     allowed = row.error if isinstance(row.error, tuple) else (row.error,)
     assert all(issubclass(e, (ValueError, TypeError, OSError)) for e in allowed)
@@ -55,4 +46,3 @@ def test_the_table_is_long(): assert len(ROWS) >= 300
 def test_each_row_has_a_name_of_its_own():
     twice = [name for name, count in Counter(row.name for row in ROWS).items() if count > 1]
     assert not twice
-    assert not PENDING - {row.name for row in ROWS}, "pending.txt names rows that are gone"
