@@ -9,9 +9,14 @@ SIZES = dict(num_tokens=32, dim=16, depth=2, heads=2, seq_len=8)
 ONE_GRAPH = [("TransformerXL", dict(mem_len=6)),
              ("CompressiveTransformer", dict(mem_len=8, cmem_len=4, cmem_ratio=4)),
              ("MemoryTransformerXL", dict(mem_len=6, lmem_len=4)),
-             ("MemorizingTransformer", dict(dim_head=8, max_knn_memories=20))]
+             ("MemorizingTransformer", dict(dim_head=8, max_knn_memories=20)),
+             ("InfiniTransformer", dict()), ("InfiniTransformer", dict(delta="token")),
+             ("GatedDeltaNet", dict()), ("BlockRecurrentTransformer", dict(num_states=4)),
+             ("NeuralMemoryTransformer", dict()),
+             ("NeuralMemoryTransformer", dict(wiring="context"))]
 SEVERAL = [("FeedbackTransformer", dict(seq_len=2, segment_len=8, mem_len=6, dim_head=8)),
-           ("RecurrentMemoryTransformer", dict())]
+           ("RecurrentMemoryTransformer", dict()),
+           ("AssociativeTransformer", dict(num_memory_tokens=3, dim_memory=8))]
 
 
 @pytest.mark.slow
