@@ -42,7 +42,8 @@ demo: $(READY) ## train and evaluate a memory transformer on real text (about fi
 .PHONY: test
 test: $(READY) ## run every test, the notebooks included (add ARGS="-k laws" to choose)
 	@echo "== Tests (markers slow and gpu are off: ARGS='-m slow' runs those)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
+		tests $(ARGS)
 
 .PHONY: lab
 lab: $(READY) ## open JupyterLab on the tutorials
