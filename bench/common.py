@@ -2,7 +2,6 @@
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ def machine() -> dict:
 
 
 def interleaved(cases: dict, rounds: int = 7) -> dict:
-    """Median milliseconds of each case; the cases take turns, so that a busy spell hits all."""
+    """Least milliseconds of each case; the cases take turns, so that a busy spell hits all."""
     times = {name: [] for name in cases}
     for call in cases.values(): call()
     for _ in range(rounds):
@@ -39,7 +38,7 @@ def interleaved(cases: dict, rounds: int = 7) -> dict:
             call()
             if torch.cuda.is_available(): torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return {name: min(t) for name, t in times.items()}
 
 
 def markdown(table: dict) -> str:
