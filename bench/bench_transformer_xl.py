@@ -10,7 +10,7 @@ from memformers import Reader, TransformerXL, carry
 ROWS, N, M = 4, 256, 256
 
 
-def loop_attention(q, k, v, bias=None, **_):
+def loop_attention(q, k, v, bias, *_):
     """Attention as the equations say it: one query at a time."""
     return torch.stack([((q[:, :, i:i + 1] @ k.mT / math.sqrt(q.shape[-1])
                           + bias[:, :, i:i + 1]).softmax(-1) @ v)[:, :, 0]
