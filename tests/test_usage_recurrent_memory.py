@@ -126,6 +126,18 @@ def test_both_ends_get_the_same_tokens():
         assert not torch.equal(memory.mem, want)
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, "autocast"])
+def test_what_is_written_is_not_rounded(kind):
+    """Memory tokens are kept in the type in which the last norm gives them: float32 under autocast."""
+    auto, seen = kind == "autocast", []
+    model = small().to(torch.float32 if auto else kind)
+    model.norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=auto):
+        memory = carry(model.step(text(), carry(model.step(text(seed=2)).memory)).memory)
+    assert memory.mem.dtype == seen[-1].dtype == (torch.float32 if auto else kind)
+    assert torch.equal(memory.mem, seen[-1])
+
+
 def test_read_only_carries_nothing():
     model = small(read_only=True)
     assert model.train_segments == 1 and nbytes(model.init_memory(1)) == 16
