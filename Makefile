@@ -70,6 +70,10 @@ README.md: nbs/index.ipynb tools/make_readme.py tools/pages.py | $(READY)
 bench: $(READY) ## measure speed and memory (keep the machine quiet)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/bench.py $(ARGS)
 
+.PHONY: evidence
+evidence: $(READY) ## compare all mechanisms: do the runs that have no result yet (hours)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/memformers compare cpu $(ARGS)
+
 .PHONY: faults
 faults: $(READY) ## break the code on purpose, one fault at a time: do the tests notice?
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py $(ARGS)

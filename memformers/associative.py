@@ -131,6 +131,7 @@ class AssociativeTransformer(MemoryLM):
         ff_dropout: float = 0.0,        # inside the feed-forward
         emb_dropout: float = 0.0,       # on the embeddings
         tie_embeddings: bool = False,   # share the matrix of the embedding with the head?
+        ff_mult: float = 4,             # inner width of the feed-forward, times dim
     ):
         super().__init__(num_tokens, dim, seq_len, emb_dim, tie_embeddings, emb_dropout)
         check_sizes(1, depth=depth, num_memory_tokens=num_memory_tokens, nu=nu)
@@ -145,7 +146,7 @@ class AssociativeTransformer(MemoryLM):
         self.positions = LearnedPositions(seq_len + num_memory_tokens, heads, self.width)
         self.layers = nn.ModuleList(
             GatedLayer(dim, heads, gate=None, ff_glu=ff_glu, attn_dropout=attn_dropout,
-                       layer_dropout=attn_layer_dropout, ff_dropout=ff_dropout)
+                       layer_dropout=attn_layer_dropout, ff_dropout=ff_dropout, ff_mult=ff_mult)
             for _ in range(depth))
         for i in self.memory_layers:
             inner = self.layers[i - 1]

@@ -164,6 +164,7 @@ class BlockRecurrentTransformer(MemoryLM):
         ff_dropout: float = 0.0,         # inside the feed-forward
         emb_dropout: float = 0.0,        # on the embeddings
         tie_embeddings: bool = False,    # share the matrix of the embedding with the head?
+        ff_mult: float = 4,              # inner width of the feed-forward, times dim
     ):
         super().__init__(num_tokens, dim, seq_len, emb_dim, tie_embeddings, emb_dropout)
         self.mem_len = seq_len if mem_len is None else mem_len
@@ -176,7 +177,7 @@ class BlockRecurrentTransformer(MemoryLM):
         self.recurrent_layer = _check_layer(recurrent_layer, depth)
         self.num_states, self.positions = num_states, T5Positions(heads)
         options = dict(ff_glu=ff_glu, attn_dropout=attn_dropout, layer_dropout=attn_layer_dropout,
-                       ff_dropout=ff_dropout)
+                       ff_dropout=ff_dropout, ff_mult=ff_mult)
         self.layers = nn.ModuleList(
             RecurrentLayer(dim, heads, num_states, gate, **options) if i == self.recurrent_layer
             else GatedLayer(dim, heads, gate=None, **options) for i in range(1, depth + 1))

@@ -237,6 +237,7 @@ class CompressiveTransformer(MemoryLM):
         gate_relu: bool = False,        # a ReLU of what a gate or sum takes in?
         emb_dropout: float = 0.0,       # on the embeddings
         tie_embeddings: bool = False,   # share the matrix of the embedding with the head?
+        ff_mult: float = 4,             # inner width of the feed-forward, times dim
     ):
         super().__init__(num_tokens, dim, seq_len, emb_dim, tie_embeddings, emb_dropout)
         check_sizes(1, depth=depth, cmem_ratio=cmem_ratio)
@@ -264,7 +265,7 @@ class CompressiveTransformer(MemoryLM):
         self.positions = LearnedPositions(reach, heads, width)
         self.layers = nn.ModuleList(
             GatedLayer(dim, heads, gate=gate if gru_gated_residual else None, mogrify=mogrify_gru,
-                       gate_bias=gate_bias, gate_relu=gate_relu, ff_glu=ff_glu,
+                       gate_bias=gate_bias, gate_relu=gate_relu, ff_glu=ff_glu, ff_mult=ff_mult,
                        attn_dropout=attn_dropout, layer_dropout=attn_layer_dropout,
                        ff_dropout=ff_dropout)
             for _ in range(depth))

@@ -156,6 +156,7 @@ class GatedLayer(nn.Module):
         layer_dropout: float = 0.0,  # on what attention adds
         ff_dropout: float = 0.0,
         gate_relu: bool = False,     # of `Residual`
+        ff_mult: float = 4,          # inner width of the feed-forward, times dim
     ):
         super().__init__()
         self.heads, self.dim_head, self.kv_heads = heads, dim // heads, kv_heads or heads
@@ -163,7 +164,7 @@ class GatedLayer(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_kv = nn.Linear(dim, 2 * self.kv_heads * self.dim_head, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
-        self.feed_forward = FeedForward(dim, glu=ff_glu, dropout=ff_dropout)
+        self.feed_forward = FeedForward(dim, ff_mult, ff_glu, ff_dropout)
         self.join_attention = Residual(dim, gate, mogrify, gate_bias, gate_relu)
         self.join_feed = Residual(dim, gate, mogrify, gate_bias, gate_relu)
         self.attn_dropout, self.layer_dropout = attn_dropout, layer_dropout

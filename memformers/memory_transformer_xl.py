@@ -161,6 +161,7 @@ class MemoryTransformerXL(MemoryLM):
         mem_attention: str = "linear",  # of the writer: "linear" or "full"
         emb_dropout: float = 0.0,       # on the embeddings
         tie_embeddings: bool = False,   # share the matrix of the embedding with the head?
+        ff_mult: float = 4,             # inner width of the feed-forward, times dim
     ):
         super().__init__(num_tokens, dim, seq_len, emb_dim, tie_embeddings, emb_dropout)
         self.mem_len = seq_len if mem_len is None else mem_len
@@ -180,7 +181,7 @@ class MemoryTransformerXL(MemoryLM):
         self.layers = nn.ModuleList(
             GatedLayer(dim, heads, 1 if one_kv_head else None, num_mem_kv,
                        gate if gru_gated_residual else None, mogrify_gru, gate_bias,
-                       ff_glu=ff_glu, attn_dropout=attn_dropout,
+                       ff_glu=ff_glu, ff_mult=ff_mult, attn_dropout=attn_dropout,
                        layer_dropout=attn_layer_dropout, ff_dropout=ff_dropout)
             for _ in range(depth))
         self.writer = MemoryWriter(dim, self.lmem_len, len(self.memory_layers), mem_heads,

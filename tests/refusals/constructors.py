@@ -50,9 +50,7 @@ for name in (*QUEUES, "RecurrentMemoryTransformer", "InfiniTransformer", "Associ
 for name in MODELS:
     if name in ("CompressiveTransformer", "MemoryTransformerXL"):
         BAD[name] |= dict(gate=("lstm", None), gate_bias=("one", float("nan")))
-    elif name not in ("RecurrentMemoryTransformer", "AssociativeTransformer",
-                      "BlockRecurrentTransformer"):
-        BAD[name] |= dict(ff_mult=FF)
+    BAD[name] |= dict(ff_mult=FF)
 
 BAD["TransformerXL"] |= dict(dim_head=OPTIONAL, positions=("rope", None), clamp_len=OPTIONAL)
 BAD["CompressiveTransformer"] |= dict(
