@@ -94,6 +94,17 @@ def _find_model(folder: str, cpu: bool) -> MemoryLM:
     return load_model(folder, map_location=_device(cpu))
 
 # %% ../nbs/46_cli.ipynb #456ef214
+_VALID = 0.05  # share of the text that is held out, unless another one is given
+
+def _shares(valid_share: float) -> dict:
+    "The share as an option of `load_corpus`; the usual one goes without saying."
+    if not 0 < valid_share < 1 - _VALID:
+        raise ValueError(f"valid_share: expected above 0 and below {1 - _VALID}, got {valid_share}")
+    return {} if valid_share == _VALID else dict(valid=valid_share)
+
+def _check_cut(cut: int):
+    if _at_least("cut", cut, 0) == 1: raise ValueError("cut: expected 0 or at least 2, got 1")
+
 def train(
     model: str,                  # a named model (see `memformers models`) or a saved one
     corpus: str = "stdlib",      # stdlib, enwik8, hf:NAME, or a file, folder or glob
@@ -116,24 +127,27 @@ def train(
     log_every: int = 10,         # updates between lines of metrics.jsonl
     tensorboard: bool = False,   # write a log for TensorBoard too
     cpu: bool = False,           # do not use an accelerator
+    valid_share: float = 0.05,   # share of the text that is held out for evaluate
 ):
     "Train a model on a corpus, or go on with a run that was stopped."
-    if _at_least("cut", cut, 0) == 1: raise ValueError("cut: expected 0 or at least 2, got 1")
+    _check_cut(cut)
     settings = TrainOptions(
         steps=steps, batch_size=batch_size, segments=segments or None,
         curriculum=curriculum or None, accumulate=accumulate, lr=lr, min_lr=min_lr,
         warmup=min(warmup, steps), weight_decay=weight_decay, clip=clip,
         seed=seed, mixed_precision=mixed_precision, save_every=save_every, log_every=log_every,
         tensorboard=tensorboard, cpu=cpu)
+    shares = _shares(valid_share)
     torch.manual_seed(seed)
     net = _new_model(model, options)
-    texts = load_corpus(corpus)
+    texts = load_corpus(corpus, **shares)
     if cut: texts = texts.cut(cut)
     folder = Path(folder or f"runs/{Path(model).name}")
     _note_command(folder)
     done = train_model(net, texts, folder, settings)
     if done.accelerator.is_main_process and not done.interrupted:
-        again = shlex.join(["memformers", "evaluate", str(folder), "--corpus", str(corpus)])
+        again = shlex.join(["memformers", "evaluate", str(folder), "--corpus", str(corpus)]
+                           + ["--valid-share", str(valid_share)] * bool(shares))
         print(f"The model is in {folder / 'model'}. Evaluate it with:\n    {again}")
     return done
 
@@ -141,23 +155,30 @@ def train(
 def evaluate(
     folder: str,             # of a run or of a saved model, or a name on the Hugging Face hub
     corpus: str = "stdlib",  # stdlib, enwik8, hf:NAME, or a file, folder or glob
-    split: str = "valid",    # valid or test
+    split: str = "valid",    # valid, test, train or all
     modes: str = "",         # such as "on off knn.off"; default: on, off, foreign and shuffled
     batch_size: int = 16,    # documents read side by side
     documents: int = 0,      # how many to read; 0: all
     max_tokens: int = 0,     # how much of each to read; 0: all
     out: str = "",           # folder for the results; default: evaluation, in the run's folder
     cpu: bool = False,       # do not use an accelerator
+    valid_share: float = 0.05, # share that is held out; as it was in training
+    cut: int = 0,            # cut documents into pieces of so many tokens; 0: do not
 ):
     "Score a model on held-out documents with its memory on, off, foreign and shuffled."
     counts = dict(documents=documents, max_tokens=max_tokens)
     for name, value in counts.items(): _at_least(name, value, 0)
     _at_least("batch_size", batch_size, 1)
+    _check_cut(cut)
+    _shares(valid_share)
+    if split not in (splits := ("valid", "test", "train", "all")):
+        raise ValueError(f"split: expected one of {' '.join(splits)}, got {split!r}")
     unknown = [mode for mode in modes.split() if mode.rpartition(".")[2] not in MODES]
     if unknown: raise ValueError(f"modes: expected some of {' '.join(MODES)}, or such as knn.off; "
                                  f"got {' '.join(unknown)}")
     model = _find_model(folder, cpu)
-    texts = load_corpus(corpus, split)
+    texts = load_corpus(corpus, None if split == "all" else split, **_shares(valid_share))
+    if cut: texts = texts.cut(cut)
     if documents: texts = texts.take(documents)
     # Without any, those that the documents allow.
     result = evaluate_model(model, texts, modes.split() or None, batch_size,
@@ -176,7 +197,9 @@ def _write_evaluation(result: Evaluation, where: Path):
     with atomic_write(where / "evaluation.md") as draft:
         draft.write_text(result.table() + "\n", encoding="utf-8")
     series = {mode: result.by_position(mode)[1:] for mode in result.modes if mode in MODES}
-    save_figure(plot_bits_by_position(result.by_position()[0], series),
+    position = "bytes" if result.unit == "byte" and (result.num_bytes == result.tokens).all() \
+        else "tokens"
+    save_figure(plot_bits_by_position(result.edges, series, unit=result.unit, position=position),
                 where / "bits_by_position.png")
 
 # %% ../nbs/46_cli.ipynb #09b380cf

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import ByteTokenizer, Corpus, _at_least
+from .data import ByteTokenizer, Corpus, _as_corpus, _at_least
 from .files import atomic_write
 from .memory import carry, clone, is_memory, nbytes, replace, select, shuffle
 from .memory import fields as memory_fields
@@ -254,7 +254,8 @@ class _Result:
         try:
             record = json.loads(text)
             if record["format"] != _format(cls): raise ValueError(f"it says {record['format']!r}")
-            return cls(**{f.name: _array_like(f.type, record[f.name]) for f in fields(cls)})
+            given = [f for f in fields(cls) if f.default is MISSING or f.name in record]
+            return cls(**{f.name: _array_like(f.type, record[f.name]) for f in given})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a complete file of the format {_format(cls)!r}: "
                              f"{error!r}") from error
@@ -265,6 +266,7 @@ def _format(cls): return f"memformers.{cls.__name__.lower()}.1"
 
 def _array_like(kind, value):
     "What JSON gave, as the type of a field."
+    if kind == np.ndarray | None: return None if value is None else _array_like(np.ndarray, value)
     if kind == dict[str, np.ndarray]:
         return {k: _array_like(np.ndarray, v) for k, v in value.items()}
     expected = list if kind in (np.ndarray, tuple) else kind
@@ -284,33 +286,43 @@ class _Sums(_Result):
     corpus: str          # name of the corpus
     fingerprint: str     # hash of the corpus
     names: tuple         # (D,) names of the documents
-    edges: np.ndarray    # (k + 1,) borders of the ranges, in bytes from the document's start
+    edges: np.ndarray    # (k + 1,) borders of the ranges, in tokens from the document's start
     tokens: np.ndarray   # (D, k) predictions, the same for every mode
     nats: dict[str, np.ndarray] # mode → (D, k) negative log-likelihood
     seconds: dict        # mode → time that its steps took
     parameters: int      # numbers that the model has learned
     memory_bytes: int    # memory of one row
     settings: dict       # of `evaluate`
+    num_bytes: np.ndarray | None = None # (D, k) bytes of text that were predicted; None: not known
 
     def __post_init__(self):
         shape = len(self.names), len(self.edges) - 1
-        for name, array in {"tokens": self.tokens, **self.nats}.items():
+        counts = {} if self.num_bytes is None else {"num_bytes": self.num_bytes}
+        for name, array in {"tokens": self.tokens, **counts, **self.nats}.items():
             if array.shape != shape:
                 raise ValueError(f"{name} must be documents × ranges = {shape}; got {array.shape}")
 
     @property
     def modes(self) -> tuple[str, ...]: return tuple(self.nats)
 
+    @property
+    def unit(self) -> str:
+        "What the scores are divided by: \"byte\", or \"token\" where the text is not known."
+        return "token" if self.num_bytes is None else "byte"
+
+    @property
+    def _units(self): return self.tokens if self.num_bytes is None else self.num_bytes
+
     @cached_property
     def _drawn(self):
-        "Resampled sums of the tokens and of each mode's nats: (resamples, k)."
-        values = [self.tokens, *self.nats.values()]
+        "Resampled sums of the units and of each mode's nats: (resamples, k)."
+        values = [self._units, *self.nats.values()]
         drawn = resampled_sums(np.hstack(values), seed=self.settings["seed"])
-        return dict(zip(("tokens", *self.nats), np.hsplit(drawn, len(values))))
+        return dict(zip(("units", *self.nats), np.hsplit(drawn, len(values))))
 
     def _drawn_bits(self, mode):
         drawn = self._drawn[self._known(mode)].sum(1)
-        return drawn / self._drawn["tokens"].sum(1) / math.log(2)
+        return drawn / self._drawn["units"].sum(1) / math.log(2)
 
     def _interval(self, drawn) -> tuple[float, float]:
         return tuple(map(float, _bounds(drawn, len(self.names))))
@@ -323,22 +335,22 @@ class _Sums(_Result):
 class Evaluation(_Sums):
     "Scores of a model on whole documents, with up to four memories, and what they cost."
     def bits(self, mode: str = "on") -> float:
-        "Bits per byte over all predictions."
-        return float(self.nats[self._known(mode)].sum() / self.tokens.sum() / math.log(2))
+        "Bits per byte (see `unit`) over all predictions."
+        return float(self.nats[self._known(mode)].sum() / self._units.sum() / math.log(2))
 
     def interval(self, mode: str = "on") -> tuple[float, float]:
         "95 % interval of `bits`; NaN for a single document."
         return self._interval(self._drawn_bits(mode))
 
     def difference(self, a: str, b: str = "on") -> Estimate:
-        "Bits per byte of `a` minus those of `b`, on the same draws of documents."
+        "Bits of `a` minus those of `b`, on the same draws of documents."
         drawn = self._drawn_bits(a) - self._drawn_bits(b)
         return Estimate(self.bits(a) - self.bits(b), *self._interval(drawn))
 
     def by_position(self, mode: str = "on") -> tuple[np.ndarray, ...]:
-        "`edges` (k + 1,), then bits per byte in each range and its interval: three times (k,)."
-        mean = _ratio(self.nats[self._known(mode)].sum(0), self.tokens.sum(0)) / math.log(2)
-        drawn = _ratio(self._drawn[mode], self._drawn["tokens"]) / math.log(2)
+        "`edges` (k + 1,), then the bits in each range and its interval: three times (k,)."
+        mean = _ratio(self.nats[self._known(mode)].sum(0), self._units.sum(0)) / math.log(2)
+        drawn = _ratio(self._drawn[mode], self._drawn["units"]) / math.log(2)
         return self.edges, mean, *_bounds(drawn, (self.tokens > 0).sum(0))
 
     def tokens_per_second(self, mode: str = "on") -> float:
@@ -357,14 +369,15 @@ class Evaluation(_Sums):
     def __repr__(self):
         scores = ", ".join(f"{mode} {self.bits(mode):.3f}" for mode in self.modes)
         return (f"Evaluation of {self.model['model_class']} on {self.corpus}: {scores} bits per "
-                f"byte over {len(self.names):,} documents, {int(self.tokens.sum()):,} predictions")
+                f"{self.unit} over {len(self.names):,} documents, {int(self.tokens.sum()):,} "
+                "predictions")
 
 # %% ../nbs/19_evaluate.ipynb #3691c7da
 def _no_nan(numbers): return [None if math.isnan(x) else x for x in numbers]
 
 def _score_rows(e: Evaluation) -> list[str]:
     "The markdown table of an evaluation."
-    lines = ["| memory | bits per byte [95 %] | minus on [95 %] | tokens/s | parameters "
+    lines = [f"| memory | bits per {e.unit} [95 %] | minus on [95 %] | tokens/s | parameters "
              "| memory, bytes per row |", "|:--|--:|--:|--:|--:|--:|"]
     for mode in e.modes:
         score = Estimate(e.bits(mode), *e.interval(mode))
@@ -425,9 +438,6 @@ class _Tally:
 # %% ../nbs/19_evaluate.ipynb #5c638f42
 def _check(model, corpus, batch_size, max_tokens, seed):
     "Refuse what cannot be evaluated, with the way out."
-    if not isinstance(corpus, Corpus):
-        raise TypeError(f"corpus must be a Corpus; got {type(corpus).__name__}. load_corpus makes "
-                        "one from a name or a path.")
     _at_least("batch_size", batch_size, 1)
     _at_least("seed", seed, 0)
     if max_tokens is not None: _at_least("max_tokens", max_tokens, 2)
@@ -447,7 +457,8 @@ def _possible(model, wanted, documents: int) -> tuple[tuple, str]:
 @torch.no_grad()
 def evaluate(
     model: MemoryLM,
-    corpus: Corpus,
+    corpus,                     # a `Corpus`; of what `load_corpus` takes: the split "valid" of
+                                # what it names, all of what is loaded
     modes=None,                 # of `known_modes`, "on" always; None: MODES, if the corpus allows
     batch_size: int = 8,        # documents side by side; only "shuffled" depends on it
     seq_len: int | None = None, # tokens per segment; None: as many as the model takes
@@ -459,6 +470,7 @@ def evaluate(
 ) -> Evaluation:
     "Read every document of a corpus from its first to its last token, with each memory."
     size = _segment_length(model, seq_len)
+    corpus = _as_corpus(corpus, "valid", "corpus")
     _check(model, corpus, batch_size, max_tokens, seed)
     modes, note = _possible(model, modes, len(corpus))
     texts = [text[:max_tokens] for text in corpus.documents]
@@ -484,7 +496,8 @@ def evaluate(
                     note=note, memory_options=memory_options)
     return Evaluation(model.config(), corpus.name, corpus.fingerprint, corpus.names, tally.edges,
                       tally.tokens, tally.nats, tally.seconds,
-                      sum(p.numel() for p in model.parameters()), tally.memory_bytes, settings)
+                      sum(p.numel() for p in model.parameters()), tally.memory_bytes, settings,
+                      tally.tokens if corpus.num_tokens <= 256 else None)
 
 # %% ../nbs/19_evaluate.ipynb #ba5292c6
 def _text(ids, decode=None) -> str:

@@ -413,11 +413,13 @@ def plot_cost(
 # %% ../nbs/04_plots.ipynb #7bb635fe
 @style()
 def plot_bits_by_position(
-    edges,                      # (k + 1,) borders of the bins in bytes from the document's start
+    edges,                      # (k + 1,) borders of the bins from the document's start
     series: dict,               # name → (mean, low, high), each (k,); NaN where a bin is empty
     kinds: dict | None = None,  # name → palette key, for names that are none
     ax: Axes | None = None,     # where to draw; None: a new figure
     title: str = "",            # above the figure
+    unit: str = "byte",         # that the bits are counted by
+    position: str = "bytes",    # that the edges are counted in
 ) -> Axes:
     "Bits per byte by position in the document; the bands are intervals."
     edges = _increasing(edges, "edges", 2, zero=True)
@@ -429,7 +431,7 @@ def plot_bits_by_position(
         ax.stairs(mean, edges, baseline=None, color=look.color, linestyle=look.linestyle,
                   lw=1.8, label=look.label)
     _log2_axis(ax, edges)
-    _dress(ax, "position in the document (bytes, log scale)", "bits per byte")
+    _dress(ax, f"position in the document ({position}, log scale)", f"bits per {unit}")
     ax.set_xlim(edges[0], edges[-1])
     _legend(ax)
     return ax

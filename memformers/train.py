@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .data import Corpus, DocumentStream
+from .data import Corpus, DocumentStream, _as_corpus
 from .files import _fit_weights, atomic_write, load_memory, save_memory
 from .memory import carry, reset
 from .model import MemoryLM
@@ -832,19 +832,27 @@ class Trainer(_Run):
         self.tally = dict(_EMPTY)
 
 # %% ../nbs/18_train.ipynb #83e02407
+def _for_vocabulary(corpus: Corpus, model) -> Corpus:
+    "The corpus, once all its tokens are known to the model: an accelerator's error says little."
+    num_tokens = model.num_tokens if isinstance(model, MemoryLM) else corpus.num_tokens
+    most = max(int(text.max()) for text in corpus) if corpus.num_tokens > num_tokens else 0
+    if most < num_tokens: return corpus
+    raise ValueError(f"source has tokens up to {most}, but the model knows num_tokens = "
+                     f"{num_tokens}; make it with num_tokens={corpus.num_tokens}")
+
 def train(
     model: MemoryLM,
-    source,              # a Corpus, a RecallTask, or a list of tasks
+    source,              # a Corpus, a RecallTask or a list of tasks; of what `load_corpus` takes:
+                         # the split "train" of what it names, all of what is loaded
     folder,              # of the run; one that holds a run already is resumed
     options: TrainOptions = TrainOptions(),
     resume: bool = True, # go on from the newest checkpoint in `folder`, if there is one?
 ) -> Trainer:
     "Train a model on whole documents, or on episodes of a task, in segments of `model.seq_len`."
     tasks = source if isinstance(source, (list, tuple)) and source else [source]
-    if not isinstance(source, Corpus) and not all(isinstance(t, RecallTask) for t in tasks):
-        raise TypeError("source must be a Corpus, as load_corpus gives, a RecallTask, or a list of "
-                        f"those; got {type(source).__name__}")
-    kind = DocumentStream if isinstance(source, Corpus) else TaskStream
+    is_task = all(isinstance(task, RecallTask) for task in tasks)
+    if not is_task: source = _for_vocabulary(_as_corpus(source, "train", "source"), model)
+    kind = TaskStream if is_task else DocumentStream
     make_stream = lambda rows: kind(source, options.batch_size, model.seq_len, options.seed,
                                     rows=rows)
     return Trainer(model, make_stream, folder, options, resume).run()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -59,6 +60,37 @@ def test_a_run_from_training_to_text(texts, tmp_path, capsys):
     once = capsys.readouterr().out
     assert main(generate) == 0
     assert capsys.readouterr().out == once and once.startswith("alpha")
+
+
+@pytest.mark.parametrize("files", [1, 10, 26])
+def test_any_folder_trains_and_evaluates(files, tmp_path, capsys):
+    texts, run = tmp_path / "texts", tmp_path / "run"
+    texts.mkdir()
+    for i in range(files): (texts / f"{i}.txt").write_text(f"file {i} says {i}. " * 60)
+    assert main(words("train transformer_xl_tiny --corpus {t} --folder {r} --steps 2 --cpu "
+                      "--batch-size 2 --valid-share 0.2 --cut 300", t=texts, r=run)) == 0
+    said = capsys.readouterr().out
+    assert f"--corpus {texts} --valid-share 0.2" in said
+    sizes = {}
+    for split in ("valid", "test", "all"):
+        assert main(words("evaluate {r} --corpus {t} --cpu --valid-share 0.2 --split {s} --cut 60",
+                          t=texts, r=run, s=split)) == 0
+        said = capsys.readouterr().out
+        assert "| on |" in said and ("| foreign |" in said or split == "test")
+        sizes[split] = int(said.split(" predictions")[0].split()[-1].replace(",", ""))
+    assert sizes["all"] > 3 * sizes["valid"]
+
+
+def test_files_of_ids_train_and_evaluate(tmp_path, capsys):
+    np.save(tmp_path / "ids.npy", np.arange(3000, dtype=np.uint16) * 7 % 1000)
+    train = "train transformer_xl_tiny --corpus {t} --folder {r} --steps 2 --batch-size 2 --cpu " \
+            "--cut 500"
+    paths = dict(t=tmp_path / "ids.npy", r=tmp_path / "run")
+    assert main(words(train, **paths)) == 1
+    assert "num_tokens=1000" in capsys.readouterr().err
+    assert main(words(train + " --options num_tokens=1000", **paths)) == 0
+    assert main(words("evaluate {r} --corpus {t} --cpu", **paths)) == 0
+    assert "bits per token" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["transformer_xl_tiny", "memorizing_tiny"])

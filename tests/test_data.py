@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memformers import data
-from memformers.data import (ByteTokenizer, Corpus, DocumentStream, Segment, enwik8, hugging_face,
-                             load_corpus, stdlib, text_files)
+from memformers.data import (ByteTokenizer, Corpus, DocumentStream, Segment, dataset_rows, enwik8,
+                             hugging_face, load_corpus, stdlib, text_files, token_ids)
 from memformers.tasks import (RecallTask, TaskStream, copy_task, dots, key_value_task, passkey_task,
                               program_task, sentences)
 
@@ -160,6 +160,8 @@ def test_stdlib_is_split_by_name_without_overlap_and_leaves_tests_out():
                for name in corpus.names)
     assert sys.version.split()[0] in corpora["train"].manifest()["source"]
     assert stdlib("valid").manifest() == corpora["valid"].manifest()
+    assert set(stdlib(None).names) == set(names) and stdlib(None).name == "stdlib"
+    assert len(stdlib("valid", valid=.3)) > 4 * len(corpora["valid"])
 
 def test_split_of_a_name_never_changes():
     splits = [data._split_of(f"{i}.py") for i in (0, 8, 13, 14)]
@@ -172,6 +174,85 @@ def test_unknown_split_is_refused(load):
 def test_stdlib_without_source_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(FileNotFoundError, match="text_files"): stdlib()
+
+# -------------------------------------------------------------------------------------- token ids
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint64])
+def test_ids_of_any_vocabulary_stay_as_they_are(dtype):
+    ids = np.array([70, 299, 0], dtype)
+    corpus = Corpus("c", ("a",), [ids], num_tokens=300)
+    assert corpus[0] is ids and corpus.num_bytes is None and "3 tokens of 300" in repr(corpus)
+    assert corpus.fingerprint == Corpus("c", ("a",), [[70, 299, 0]], num_tokens=300).fingerprint
+    assert corpus.fingerprint != Corpus("c", ("a",), [[70, 298, 0]], num_tokens=300).fingerprint
+    segment = next(quiet_stream(corpus, 1, 4))
+    assert segment.tokens.tolist() == [[70, 299, 0, 0]] or segment.tokens[0, :2].tolist() == [70, 299]
+    assert segment.labels[0, :2].tolist() == [299, 0] and int(segment.mask.sum()) == 2
+    manifest = json.loads(json.dumps(corpus.manifest()))
+    assert (manifest["tokens"], manifest["num_tokens"], manifest["bytes"]) == (3, 300, None)
+
+def test_every_other_byte_of_an_array_is_a_document_too():
+    text = np.frombuffer(b"a-b-c-", np.uint8)[::2]
+    assert Corpus("c", ("a",), [text]).fingerprint == Corpus("c", ("a",), [b"abc"]).fingerprint
+
+def test_a_long_document_is_hashed_in_parts_as_in_one():
+    ids = np.arange((1 << 20) + 5) % 1000
+    assert data._digest(ids, 1000) == hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+
+@given(sizes=st.lists(st.integers(2, 300), min_size=1, max_size=5), top=st.integers(1, 70_000))
+@quick
+def test_ids_are_held_out_without_loss(sizes, top):
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, top, size) for size in sizes]
+    parts = {}
+    for split in data._SPLITS:
+        try: parts[split] = token_ids(ids, split, .2, .2, num_tokens=70_000)
+        except ValueError as error: assert "too few" in str(error)
+    if {data._split_of(str(i), .2, .2) for i in range(len(ids))} == set(data._SPLITS):
+        return   # whole documents
+    joined = [np.concatenate([p[n] for p in parts.values() for n in p.names if n.split("[")[0] == str(i)]
+                             or [[]]) for i in range(len(ids))]
+    for whole, found in zip(ids, joined):
+        assert found.tolist() == whole.tolist() or len(whole) < 10
+    if min(sizes) >= 10: assert set(parts) == set(data._SPLITS)
+
+def test_ids_come_as_one_document_or_several_and_know_their_vocabulary():
+    for one in ([5, 6, 700], np.array([5, 6, 700]), torch.tensor([5, 6, 700])):
+        corpus = token_ids(one)
+        assert (len(corpus), corpus.num_tokens, corpus.names) == (1, 701, ("0",))
+    for two in ([[5, 6], [7, 8]], np.array([[5, 6], [7, 8]]), (torch.tensor([5, 6]), [7, 8])):
+        assert [document.tolist() for document in token_ids(two)] == [[5, 6], [7, 8]]
+    assert token_ids([1, 2]).num_tokens == 256 and token_ids([1, 2], num_tokens=10).num_tokens == 10
+
+def test_files_of_ids_are_mapped(tmp_path):
+    for name in "ab": np.save(tmp_path / f"{name}.npy", np.arange(400, dtype=np.uint16))
+    (tmp_path / "c.txt").write_text("no ids")
+    corpus = load_corpus(tmp_path / "*.npy", None)
+    assert corpus.names == ("a.npy", "b.npy") and corpus.num_tokens == 400
+    assert isinstance(corpus[0].base, np.memmap) and corpus[0].dtype == np.uint16
+    one = [load_corpus(str(tmp_path / "a.npy"), split, num_tokens=500) for split in data._SPLITS]
+    assert np.concatenate([part[0] for part in one]).tolist() == list(range(400))
+    assert {part.num_tokens for part in one} == {500}
+    assert len(token_ids(tmp_path)) == 2   # the text is no array
+
+class Loaded(dict):
+    "What a datasets.Dataset has, as far as it is used."
+    @property
+    def features(self): return dict(self)
+    @property
+    def column_names(self): return list(self)
+
+def test_rows_of_a_dataset_are_documents():
+    rows = Loaded(text=["déjà", "", None, "vu, vu"], ids=[[1, 2], [300, 4, 5], [6], (7, 8)])
+    corpus = load_corpus(rows, None)
+    assert [bytes(d).decode() for d in corpus] == ["déjà", "vu, vu"] and corpus.num_tokens == 256
+    assert [name for name, _ in corpus.skipped] == ["dataset[1]", "dataset[2]"]
+    ids = dataset_rows(rows, column="ids")
+    assert [d.tolist() for d in ids] == [[1, 2], [300, 4, 5], [7, 8]] and ids.num_tokens == 301
+    assert dataset_rows(Loaded(input_ids=[[1, 2]])).names == ("dataset[0]",)
+    many = Loaded(text=[f"this is row number {i}" for i in range(300)])
+    parts = [load_corpus(many, split, valid=.2) for split in data._SPLITS]
+    assert sum(map(len, parts)) == 300 and 30 < len(parts[1]) < 90
+    assert not set(parts[0].names) & set(parts[1].names)
 
 # ------------------------------------------------------------------------------------- text files
 
@@ -491,6 +572,7 @@ def small_enwik8(server, tmp_path, monkeypatch):
 def test_enwik8_splits_are_90_5_5_and_join_to_the_whole(small_enwik8, server):
     corpora = [enwik8(split, piece=7000) for split in data._SPLITS]
     assert [corpus.num_bytes for corpus in corpora] == [180_000, 10_000, 10_000]
+    assert enwik8(None, piece=None).num_bytes == 200_000
     assert b"".join(bytes(piece) for corpus in corpora for piece in corpus) == TEXT
     assert len(server.asked) == 1 and len(enwik8("valid", piece=None)) == 1
 

@@ -10,7 +10,7 @@ from known import LENGTHS, Parrot, Pending, SpendingParrot, corpus, own_memories
 from mechanisms import SIZES, each
 
 from memformers import MemorizingTransformer, TransformerXL, carry, clone, nbytes, select
-from memformers.data import ByteTokenizer, Corpus
+from memformers.data import ByteTokenizer, Corpus, load_corpus
 from memformers.evaluate import (Estimate, Evaluation, TokenBits, evaluate, resampled_sums,
                                  token_bits, token_bits_by_mode)
 from memformers.memory import replace, shuffle
@@ -386,6 +386,28 @@ def test_a_file_holds_everything(tmp_path):
     assert again.model == found.model and again.fingerprint == corpus().fingerprint
 
 
+def test_ids_are_scored_by_the_token(tmp_path):
+    "Nothing says how many bytes of text they stand for."
+    ids = [np.arange(40) * 7 % 300, np.arange(30) * 11 % 300]
+    net = xl(num_tokens=300)
+    found = evaluate(net, ids)
+    assert found.unit == "token" and "| bits per token [95 %] |" in found.table()
+    assert "bits per token" in repr(found)
+    mine = np.concatenate([token_bits(net, text) for text in ids])
+    assert found.bits() == pytest.approx(mine.mean(), rel=1e-5)
+    found.to_json(tmp_path / "e.json")
+    assert Evaluation.from_json(tmp_path / "e.json").table() == found.table()
+    text = evaluate(net, words(b"some text", b"other text"))
+    assert text.unit == "byte" and (text.num_bytes == text.tokens).all()
+
+
+def test_what_a_path_names_is_read(tmp_path):
+    for name in "ab": (tmp_path / name).write_text("some text, some more of it. " * 30)
+    net, path = xl(num_tokens=128), str(tmp_path)
+    assert evaluate(net, path).table().split("\n")[-1] == evaluate(
+        net, load_corpus(path, "valid")).table().split("\n")[-1]
+
+
 def test_files_are_strict_json(tmp_path):
     evaluate(xl(), corpus([9]), modes=["off"], dtype=torch.float64).to_json(tmp_path / "e.json")
     def refuse(constant): raise AssertionError(constant)
@@ -419,7 +441,7 @@ def test_other_files_are_refused(tmp_path, spoil):
 @pytest.mark.parametrize("call, error, message", [
     (lambda: evaluate(xl(), corpus(), modes=["of"]), ValueError, "modes must be some of .*'of'"),
     (lambda: evaluate(xl(), corpus(), modes=["mem.off"]), ValueError, "modes must be some of"),
-    (lambda: evaluate(xl(), [b"abc"]), TypeError, "corpus must be a Corpus; got list"),
+    (lambda: evaluate(xl(), [b"abc"]), TypeError, "corpus must be a Corpus, .*got a list"),
     (lambda: evaluate(xl(), words(b"abc", b"abd")), ValueError, "tokens must lie .* 16 .*got 97 to 99"),
     (lambda: evaluate(xl(), corpus(), batch_size=0), ValueError, "batch_size: expected at least 1"),
     (lambda: evaluate(xl(), corpus(), max_tokens=1), ValueError, "max_tokens: expected at least 2"),

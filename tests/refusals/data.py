@@ -3,8 +3,8 @@ import os
 
 import numpy as np
 
-from memformers.data import (ByteTokenizer, Corpus, DocumentStream, enwik8, hugging_face,
-                             load_corpus, stdlib, text_files)
+from memformers.data import (ByteTokenizer, Corpus, DocumentStream, dataset_rows, enwik8,
+                             hugging_face, load_corpus, stdlib, text_files, token_ids)
 from memformers.tasks import (CorpusFill, RecallTask, TaskStream, associative_recall_task,
                               copy_task, facts_task, key_value_task, parity_task, passkey_task,
                               permutation_task, program_task)
@@ -34,6 +34,15 @@ def recall(draw=lambda rng: ("a", "?", "a"), distance=4, chance=.5, **options):
     return RecallTask("mine", draw, distance, chance, **options)
 
 
+class rows(dict):
+    "What a datasets.Dataset has, as far as it is used; of several, a dictionary of such."
+    def __init__(self, **columns):
+        columns = columns or dict(text=["some text", "other text"], number=[3, 4])
+        super().__init__(columns)
+        nested = any(isinstance(value, rows) for value in columns.values())
+        self.features, self.column_names = columns, dict(columns) if nested else list(columns)
+
+
 SIZE = (0, -1, 1.5, "8", True, None)
 ROWS = [
     *refusals("ByteTokenizer.encode", ByteTokenizer().encode, "text", 5, None, ["a"]),
@@ -45,7 +54,23 @@ ROWS = [
               ("a", "a"), "ab", None, ("a",), match="names"),
     *refusals("Corpus.take", CORPUS.take, "n", *SIZE),
     *refusals("Corpus.cut", CORPUS.cut, "max_tokens", 1, *SIZE),
-    *refusals("stdlib", stdlib, "split", "dev", None, 3, ["train"]),
+    *refusals("Corpus", lambda num_tokens: Corpus("c", ["a"], [[3, 4]], num_tokens=num_tokens),
+              "num_tokens", 4, *SIZE),
+    *refusals("Corpus of 300 tokens", lambda documents: Corpus("c", ["a"], documents, num_tokens=300),
+              "documents", [[1, 300]], [[-1, 1]], [[.5, 1.]], ["xy"], [[1]]),
+    *refusals("stdlib", stdlib, "split", "dev", 3, ["train"]),
+    *refusals("stdlib", stdlib, "valid", -1, 1, NAN, "half"),
+    *refusals("token_ids", token_ids, "data", [], [[]], [[1]], [1.5, 2.5], [[1, -1]],
+              np.ones((2, 2, 2), int), [[True, False]], match="documents|paths|split"),
+    *refusals("token_ids", lambda split: token_ids([[1, 2]], split), "split", "dev", 3),
+    *refusals("token_ids", lambda valid: token_ids([[1, 2]], valid=valid), "valid", -1, 1, NAN),
+    *refusals("token_ids", lambda num_tokens: token_ids([[1, 299]], num_tokens=num_tokens),
+              "num_tokens", 299, -1, 1.5, "8", match="num_tokens"),
+    *refusals("dataset_rows", dataset_rows, "rows", None, 3, "text", [b"text"], rows(train=rows())),
+    *refusals("dataset_rows", lambda column: dataset_rows(rows(), column=column), "column", "body",
+              "number", 3),
+    *refusals("dataset_rows", lambda split: dataset_rows(rows(), split), "split", "dev", 3),
+    *refusals("dataset_rows", lambda test: dataset_rows(rows(), test=test), "test", -1, 1, NAN),
     *refusals("text_files", text_files, "paths", "", 3, None, [], [3], "/nowhere/at/all",
               "/dev/zero", "*.none", "a\0b", "x" * 300, error=(ValueError, TypeError, OSError)),
     *refusals("text_files", lambda **o: text_files(__file__, "train", **o), "valid", -1, 1, NAN,
@@ -53,13 +78,15 @@ ROWS = [
     *refusals("text_files", lambda **o: text_files(__file__, "train", **o), "test", -1, 1, NAN,
               "half", None),
     *refusals("text_files", lambda split: text_files(__file__, split), "split", "dev", 3, ["test"]),
-    *refusals("enwik8", enwik8, "split", "dev", None),
+    *refusals("enwik8", enwik8, "split", "dev", 3),
     *refusals("enwik8", enwik8, "piece", 1, 0, "big", 1.5),
     *refusals("enwik8", enwik8, "path", 3, "/nowhere/at/all", "/dev/zero", "/tmp",
               error=(TypeError, OSError)),
     *refusals("hugging_face", lambda name: hugging_face(name), "name", "", 3, None),
     *refusals("load_corpus", load_corpus, "spec", "enwiki8", error=OSError, match="corpus"),
-    *refusals("load_corpus", load_corpus, "spec", 3, None, "", match="paths"),
+    *refusals("load_corpus", load_corpus, "spec", 3, None, "", {}, b"text", match="paths"),
+    *refusals("load_corpus", lambda spec: load_corpus(spec, valid=.1), "spec", "enwik8",
+              match="valid"),
     *refusals("DocumentStream", documents, "corpus", "stdlib", None, [b"xy"]),
     *refusals("DocumentStream", documents, "batch_size", *SIZE),
     *refusals("DocumentStream", documents, "seq_len", *SIZE),
@@ -132,7 +159,15 @@ def too_short(folder):
     text_files(folder, "valid")
 
 
+def no_array(folder):
+    (folder / "a.npy").write_bytes(b"some text")
+    token_ids(folder / "a.npy")
+
+
 ROWS += [
+    Refusal("token_ids, no array in a file", no_array, ValueError, "paths: .*a.npy holds no array"),
+    Refusal("token_ids, a folder without arrays", lambda folder: too_short(folder) or token_ids(
+        folder), ValueError, "split|paths"),
     Refusal("text_files, an empty folder", text_files, ValueError, "paths: no file"),
     Refusal("text_files, no text", folder_of_pictures, ValueError, "paths: no text.*zero byte"),
     Refusal("text_files, a pipe", pipe, ValueError, "paths: no text.*regular file"),

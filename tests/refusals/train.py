@@ -55,7 +55,7 @@ for argument, bad in dict(
     ROWS += refusals("learn", call_learn, argument, *bad)
 for argument, bad in dict(
         model=(None, "xl", torch.nn.Linear(2, 2)), folder=(None, 3, ""),
-        source=(None, "stdlib", [], ["a"], 3, TEXT), options=(None, {"steps": 2}, 3)).items():
+        source=(None, "stdlib", [], [b"a"], 3, {"a": TEXT}, TEXT + 11), options=(None, {"steps": 2}, 3)).items():
     ROWS += [Refusal(f"train, {argument}={value!r}",
                      lambda folder, a=argument, v=value: call_train(folder, **{a: v}),
                      REFUSED, rf"\b{argument}\b") for value in bad]
@@ -114,7 +114,7 @@ TOKENS = {"a string": "text", "None": None, "a number": 3, "floats": [1.0, 2.0],
           "nothing": [], "2-D": [[1, 2], [3, 4]], "a negative id": [1, -1],
           "an id of num_tokens": [1, 17], "booleans": [True, False]}
 for argument, bad in dict(
-        corpus=(None, "stdlib", [b"abc"], TEXT), modes=("on", 3, ["of"], [None], ["knn.off"]),
+        corpus=(None, [b"abc"], {"a": TEXT}), modes=("on", 3, ["of"], [None], ["knn.off"]),
         batch_size=COUNT, seq_len=(0, 5, 1.5, "4"), max_tokens=(0, 1, -1, 1.5, "4"),
         edges=(5, "ab", [], [1, 2], [0, 2, 2], [0, 1.5], [[0, 1]]), seed=(-1, 1.5, "0", None),
         model=(None, "xl", torch.nn.Linear(2, 2)), menlen=(4,)).items():
@@ -134,7 +134,9 @@ for what, value in TOKENS.items():
                      "tokens"),
              Refusal(f"lookup, tokens {what}", lambda v=value: lookup(model(), v, 0), REFUSED,
                      "tokens")]
-ROWS += [Refusal("evaluate, a corpus of other tokens",
+ROWS += [Refusal("evaluate, ids of other tokens", lambda: call_evaluate(corpus=TEXT + 11),
+                 ValueError, "num_tokens"),
+         Refusal("evaluate, a corpus of other tokens",
                  lambda: call_evaluate(corpus=Corpus("text", ["a"], [b"text"])), ValueError,
                  "num_tokens"),
          Refusal("evaluate, foreign of one document", lambda: call_evaluate(
