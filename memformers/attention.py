@@ -324,17 +324,16 @@ def attention_weights(
     scale = d ** -0.5 if scale is None else scale
     if bias is None: scores = fold(q * scale) @ fold(k).mT
     else:
-        whole = bias.shape == (b, h, n, keys)
-        bias = bias if whole else bias.expand(b, h, n, keys).clone()
-        # In place, because the scores of a segment are large; `bias` is not used again.
-        scores = fold(bias).baddbmm_(fold(q.to(bias)), fold(k.to(bias)).mT, alpha=scale)
+        # Not in place: for the gradient, autograd would copy the scores again and again.
+        bias = fold(bias.expand(b, h, n, keys))
+        scores = torch.baddbmm(bias, fold(q.to(bias)), fold(k.to(bias)).mT, alpha=scale)
     return scores.softmax(-1).view(b, h, n, keys)
 
 def attend(
     q: Tensor,                  # (b, h, n, d) queries
     k: Tensor,                  # (b, g, keys, d) keys, g = h or a divisor of h
     v: Tensor,                  # (b, g, keys, d) values
-    bias: Tensor | None = None, # (b or 1, h or 1, n, keys) added to the scores; may be overwritten
+    bias: Tensor | None = None, # (b or 1, h or 1, n, keys) added to the scores
     dropout: float | Tensor = 0.0, # share of the weights; or factors (b, h, n, keys), drawn before
     keys: Keys | None = None,   # what the keys are, for `recording`; None: not recorded
     scale: float | None = None, # of the products; None: 1 / √d

@@ -96,7 +96,7 @@ class RecurrentLayer(GatedLayer):
 
     def _record(self, q, k, bias, p, states, keys):
         "Both softmaxes count for one half."
-        weights = [attention_weights(p, states, None), attention_weights(q, k, bias.clone())]
+        weights = [attention_weights(p, states, None), attention_weights(q, k, bias)]
         r = states.shape[2]
         record(torch.cat(weights, -1) / 2, (("tokens", r, 0), *keys.kinds),
                F.pad(keys.ages(q.device), (r, 0))[:, None])

@@ -69,9 +69,10 @@ class GatedDeltaLayer(nn.Module):
         "The states (b, n, dim) after the layer, its matrix and its tail."
         h = self.norm(x)
         line, tail = shift(tail, self.to_qkv(h), span)
-        qkv = F.silu(F.conv1d(line.mT, self.conv[:, None].to(line), groups=line.shape[2]))    # (1)
+        n, kernel = x.shape[1], self.conv.T.to(line)
+        qkv = F.silu(sum(line[:, j:j + n] * weight for j, weight in enumerate(kernel)))       # (1)
         sizes = [self.heads * self.dk] * 2 + [self.heads * self.dv]
-        q, k, v = (t.unflatten(1, (self.heads, -1)).transpose(2, 3) for t in qkv.split(sizes, 1))
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in qkv.split(sizes, 2))
         q, k = (F.normalize(t, dim=-1) for t in (q, k))
         beta, g = self.gates(h, span)
         out, state = delta_rule(q * self.dk ** -.5, k, v, beta, g, state)                     # (3)

@@ -41,7 +41,8 @@ class _Shift(torch.autograd.Function):
     def forward(ctx, scores, keys):
         ctx.keys, ctx.shape = keys, scores.shape
         far, near = _Shift.views(scores.contiguous(), keys)
-        return _in_order(far, near.clone(memory_format=torch.contiguous_format), keys)
+        if keys.count == keys.near: near = near.clone(memory_format=torch.contiguous_format)
+        return _in_order(far, near, keys)
 
     @staticmethod
     def backward(ctx, grad):
@@ -174,7 +175,7 @@ class T5Positions(nn.Module):
         known, n, near = table.shape[-1], keys.n, keys.near
         if keys.distance is not None:
             bias = table[:, (known - 1 - keys.distance).clamp(0, known - 1)].transpose(0, 1)
-        elif n == 1: bias = table[None, :, None, known - near:].clone()  # `attend` may write to it
+        elif n == 1: bias = table[None, :, None, known - near:]
         # Row i is the same sequence, read from n - 1 - i on.
         else: bias = F.pad(table[:, known - near:], (0, n - 1)).unfold(-1, near, 1).flip(1)[None]
         if keys.timeless: bias = F.pad(bias, (keys.timeless, 0))
