@@ -16,6 +16,7 @@ from .neural_memory import NeuralMemoryTransformer
 from .gated_delta import GatedDeltaNet
 from .generate import Reader, generate, stream
 from .model import MemoryLM, Step
+from .packages import fetch_package
 from .recurrent_memory import RecurrentMemoryTransformer
 from .transformer_xl import TransformerXL
 from .wrapper import AutoregressiveWrapper

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 GROUND = {"memory": set(), "files": {"memory"}, "data": set(), "tasks": {"data"},
-          "plots": set()}
+          "plots": set(), "packages": {"data"}}
 PARTS = {"attention": {"memory"}, "positions": {"attention"},
          "gates": {"attention"}, "fixed_point": set(), "delta_rule": {"memory"}, "knn": {"memory"},
          "model": {"memory", "files", "attention"},

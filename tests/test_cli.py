@@ -138,6 +138,7 @@ def test_the_demo_in_small(model, tmp_path, capsys):
     ("generate . --prompt=", "prompt: expected"),
     ("generate . --prompt @/dev/zero", "prompt: '/dev/zero' is not a file"),
     ("generate . --prompt @nowhere", "prompt: 'nowhere' is not a file"),
+    ("data novels", "name: expected one of golang, "),
     ("demo --steps 0", "steps"),
     ("demo --documents -1", "documents: expected"),
     ("demo --model nothing", "no model is called"),
@@ -283,7 +284,7 @@ def options_of(command):
     values = {int: 7, float: 0.25, str: "two words"}
     return {name: True if p.annotation is bool else values[p.annotation]
             for name, p in inspect.signature(command).parameters.items()
-            if p.default is not p.empty}
+            if p.default is not p.empty and p.annotation != list[str]}
 
 
 @pytest.mark.parametrize("spell", [lambda name: "--" + name.replace("_", "-"),
@@ -294,17 +295,23 @@ def test_every_option_is_known_in_both_spellings(command, spell):
     required = [name for name, p in inspect.signature(command).parameters.items()
                 if p.default is p.empty]
     wanted = options_of(command)
+    lists = {name: p.default for name, p in inspect.signature(command).parameters.items()
+             if p.annotation == list[str]}
     apart = [word for name, value in wanted.items()
              for word in ([spell(name)] if value is True else [spell(name), str(value)])]
     joined = [spell(name) if value is True else f"{spell(name)}={value}"
               for name, value in wanted.items()]
     for words in (apart, joined):
         found = _parse(command, required + words)
-        assert found == {name: name for name in required} | wanted
+        assert found == {name: name for name in required} | lists | wanted
         assert all(type(found[name]) is type(value) for name, value in wanted.items())
-    assert _parse(command, required) == {
+    assert _parse(command, required) == lists | {
         name: name if p.default is p.empty else p.default
-        for name, p in inspect.signature(command).parameters.items()}
+        for name, p in inspect.signature(command).parameters.items() if name not in lists}
+
+
+def test_a_list_takes_all_words():
+    assert _parse(COMMANDS["data"], ["a_b", "c-d"]) == {"names": ["a_b", "c-d"]}
 
 
 def test_values_keep_their_dashes_and_underscores():

@@ -55,6 +55,7 @@ ROWS = [
     *refusals("memformers generate", generate, "min_p", -.1, 1.5, NAN),
     *refusals("memformers generate", generate, "stop", "ab", "é"),
     *refusals("memformers generate", generate, "seed", -1, 1.5),
+    *refusals("memformers data", cli.data, "names", ["novels"], [""], match="name"),
     *refusals("memformers demo", demo, "model", "transformer_xxl"),
     *refusals("memformers demo", demo, "steps", 0, -1),
     *refusals("memformers demo", demo, "documents", -1),

