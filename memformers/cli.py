@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .compare import run_suite
-from .data import ByteTokenizer, Corpus, _at_least, load_corpus
+from .data import Corpus, _at_least, _in_tokens_of, load_corpus
 from .evaluate import MODES, Evaluation, known_modes
 from .evaluate import evaluate as evaluate_model
 from .files import atomic_write
@@ -83,11 +83,13 @@ def _device(cpu: bool = False) -> str:
     return "cuda" if torch.cuda.is_available() and not cpu else "cpu"
 
 # %% ../nbs/46_cli.ipynb #94eda56f
-def _new_model(model: str, options: str) -> MemoryLM:
+def _new_model(model: str, options: str, tokenizer: str = "") -> MemoryLM:
     "The model to train: of a preset, with the options that were given, or one that was saved."
-    if model in PRESETS: return create(model, **_model_options(options, PRESETS[model].model_class))
+    if model in PRESETS: return create(model, tokenizer=tokenizer or None,
+                                       **_model_options(options, PRESETS[model].model_class))
     if not Path(model).is_dir() and "/" not in model: return create(model)  # says what there is
-    if options: raise ValueError("options: go with a named model only; a saved one has its own")
+    for name, given in dict(options=options, tokenizer=tokenizer).items():
+        if given: raise ValueError(f"{name}: goes with a named model only; a saved one has its own")
     return load_model(model)
 
 def _note_command(folder: Path):
@@ -139,6 +141,7 @@ def train(
     tensorboard: bool = False,   # write a log for TensorBoard too
     cpu: bool = False,           # do not use an accelerator
     valid_share: float = 0.05,   # share of the text that is held out for evaluate
+    tokenizer: str = "",         # a tokenizer.json, or a folder with one; default: bytes
 ):
     "Train a model on a corpus, or go on with a run that was stopped."
     _check_cut(cut)
@@ -150,8 +153,8 @@ def train(
         tensorboard=tensorboard, cpu=cpu)
     shares = _shares(valid_share)
     torch.manual_seed(seed)
-    net = _new_model(model, options)
-    texts = load_corpus(corpus, **shares)
+    net = _new_model(model, options, tokenizer)
+    texts = _in_tokens_of(net, load_corpus(corpus, **shares))
     if cut: texts = texts.cut(cut)
     folder = Path(folder or f"runs/{Path(model).name}")
     _note_command(folder)
@@ -189,6 +192,7 @@ def evaluate(
                                  f"got {' '.join(unknown)}")
     model = _find_model(folder, cpu)
     texts = load_corpus(corpus, None if split == "all" else split, **_shares(valid_share))
+    texts = _in_tokens_of(model, texts)
     if cut: texts = texts.cut(cut)
     if documents: texts = texts.take(documents)
     # Without any, those that the documents allow.
@@ -233,29 +237,41 @@ def _read_prompt(prompt: str) -> bytes:
 
 def _continue(model, text, length, seed, stop="", **sampling):
     "The characters that follow; the settings are checked at once."
-    device = model.embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    return _characters(stream(model, ByteTokenizer().encode(text).to(device), length,
-                              generator=generator, stop_token=ord(stop) if stop else None,
-                              **sampling))
+    given = model.encode(text)
+    generator = torch.Generator(given.device).manual_seed(seed)
+    tokens = stream(model, given, length, generator=generator, **sampling)
+    # A byte means itself; other tokens may begin with a space that depends on what stands before.
+    before = given[-8:].tolist() if model.tokenizer else []
+    return _until(stop, _characters(model, before, tokens))
 
-def _characters(tokens):
+def _characters(model, before: list, tokens):
     "Characters, as soon as all of their bytes have come."
-    tokenizer, waiting = ByteTokenizer(), []
+    waiting = []
     for token in tokens:
         waiting.append(int(token))
-        piece = tokenizer.decode(waiting)
+        piece = _after(model, before, waiting)
         # A character is complete once it can be decoded; none has more than four bytes.
         if "�" in piece and len(waiting) < 4: continue
-        waiting = []
+        before, waiting = (before + waiting)[-8:] if before else [], []
         yield piece
-    if waiting: yield tokenizer.decode(waiting)
+    if waiting: yield _after(model, before, waiting)
+
+def _after(model, before, tokens):
+    "The text of some tokens after others."
+    return model.decode(before + tokens)[len(model.decode(before)) if before else 0:]
+
+def _until(stop: str, pieces):
+    "The pieces up to a character."
+    for piece in pieces:
+        end = piece.find(stop) + 1 if stop else 0
+        yield piece[:end] if end else piece
+        if end: return
 
 # %% ../nbs/46_cli.ipynb #65f8ba55
 def generate(
     folder: str,              # of a run or of a saved model, or a name on the Hugging Face hub
     prompt: str = "def ",     # how the text begins; @FILE: from a file, @-: from standard input
-    length: int = 400,        # bytes to generate
+    length: int = 400,        # tokens to generate: bytes, if the model has no tokenizer
     temperature: float = 0.8, # 0: always take the likeliest
     top_k: int = 0,           # draw from so many of the likeliest; 0: from all
     top_p: float = 0.95,      # draw from the likeliest that add up to this; 1: from all
@@ -300,7 +316,7 @@ def _write_loss(folder: Path):
 
 def _write_sample(model, corpus: Corpus, folder: Path, given: int = 512, length: int = 400) -> str:
     "How the model goes on with a file that it has not seen."
-    start = ByteTokenizer().decode(corpus[0][:given])
+    start = model.decode(corpus[0][:given])
     text = "".join(_continue(model, start, length, seed=0, temperature=0.7, top_p=0.9))
     with atomic_write(folder / "sample.txt") as draft:
         draft.write_text(f"{start}⟦generated from here⟧{text}\n", encoding="utf-8")

@@ -120,6 +120,7 @@ def _summary(corpus):
     sizes = sorted(map(len, corpus.documents))
     total = f"{sum(sizes) / 1e6:.2f} MB" if sum(sizes) >= 1e4 else f"{sum(sizes)} bytes"
     if corpus.num_tokens > 256: total = f"{sum(sizes):,} tokens of {corpus.num_tokens:,}"
+    if corpus.widths is not None: total += f" for {corpus.num_bytes:,} bytes"
     text = (f"Corpus {corpus.name}: {len(sizes):,} documents, {total}; shortest {sizes[0]:,}, "
             f"median {sizes[len(sizes) // 2]:,}, longest {sizes[-1]:,} tokens")
     return text + (f"; {len(corpus.skipped)} skipped" if corpus.skipped else "")
@@ -135,6 +136,9 @@ class Corpus:
     skipped: tuple[tuple[str, str], ...] = ()  # (name, reason) of what was left out
     num_tokens: int = 256                      # size of the vocabulary
     source: str = ""                           # where the text is from, with its version
+    widths: Sequence[np.ndarray] | None = None # (L,) bytes of text that each token stands for
+    tokenizer: "TextTokenizer | None" = None   # that has made the tokens; None: they are bytes,
+                                               # or ids of unknown origin
 
     def __post_init__(self):
         for field, what in (("names", "strings"), ("documents", "texts")):
@@ -159,6 +163,7 @@ class Corpus:
     @property
     def num_bytes(self) -> int | None:
         "Bytes of text; None where the tokens are no bytes."
+        if self.widths is not None: return int(sum(map(np.sum, self.widths)))
         return sum(map(len, self.documents)) if self.num_tokens <= 256 else None
 
     @cached_property
@@ -181,7 +186,8 @@ class Corpus:
     def take(self, n: int) -> "Corpus":
         "The first `n` documents, or all when there are fewer."
         n = _at_least("n", n, 1)
-        return replace(self, names=self.names[:n], documents=self.documents[:n])
+        widths = self.widths and self.widths[:n]
+        return replace(self, names=self.names[:n], documents=self.documents[:n], widths=widths)
 
     def cut(self, max_tokens: int) -> "Corpus":
         "A document of more than `max_tokens` (at least 2) is read as several: `name[0]`, …"
@@ -189,7 +195,13 @@ class Corpus:
         parts = [(name, _cut(text, most)) for name, text in zip(self.names, self.documents)]
         names = [f"{name}[{i}]" if len(cut) > 1 else name
                  for name, cut in parts for i in range(len(cut))]
-        return replace(self, names=names, documents=[piece for _, cut in parts for piece in cut])
+        widths = self.widths and [part for width in self.widths for part in _cut(width, most)]
+        return replace(self, names=names, documents=[piece for _, cut in parts for piece in cut],
+                       widths=widths)
+
+    def encode(self, tokenizer) -> "Corpus":
+        "The same texts in the tokens of a tokenizer; see `TextTokenizer`."
+        return _encode(self, tokenizer)
 
 # %% ../nbs/02_data.ipynb #36a4fa94
 def _walk(folder, leave=()):
@@ -614,6 +626,110 @@ def hugging_face(
     rows = datasets.load_dataset(name, split=split, **kwargs)
     found = dataset_rows(rows, column=column, name=name)
     return replace(found, name=f"{name}/{split}", source=f"datasets {datasets.__version__}")
+
+# %% ../nbs/02_data.ipynb #ed9abf7c
+def _byte_ends(text: str, ends):
+    "Positions of characters in `text`, (n,), as positions in its bytes."
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    lengths = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(lengths)])[ends]
+
+def _whole_text(data) -> str:
+    "Text from bytes; at both ends, a part of a character is left out."
+    data = bytes(data).lstrip(bytes(range(0x80, 0xC0)))
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+
+class TextTokenizer:
+    "A tokenizer of the library tokenizers, or a fast one of transformers, as models use it."
+    def __init__(self, tokenizer):
+        if isinstance(tokenizer, TextTokenizer): tokenizer = tokenizer.inner
+        inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not all(hasattr(inner, name) for name in ("to_str", "from_str", "get_vocab")):
+            raise TypeError("tokenizer: expected a Tokenizer of the library tokenizers or a fast "
+                            f"tokenizer of transformers, got a {type(tokenizer).__name__}")
+        self.inner = type(inner).from_str(inner.to_str())  # ours: others may change theirs
+        self.inner.no_padding()
+        self.inner.no_truncation()
+        self.num_tokens = max(self.inner.get_vocab().values(), default=-1) + 1
+
+    def encode_with_widths(self,
+        text: str | bytes,
+    ) -> tuple[np.ndarray, np.ndarray]:  # ids and bytes that each stands for, (n,) each
+        "The tokens of a text and how much of it they are; special tokens are not added."
+        if isinstance(text, str): text = text.encode("utf-8", "surrogatepass")
+        if not isinstance(text, (bytes, bytearray, memoryview, np.ndarray)):
+            raise TypeError(f"text: expected str or bytes, got {type(text).__name__}")
+        text = _whole_text(text)
+        found = self.inner.encode(text, add_special_tokens=False)
+        ends = _byte_ends(text, np.array([end for _, end in found.offsets], np.int64))
+        if len(ends): ends[-1] = len(text.encode())
+        ends = np.maximum.accumulate(ends)
+        kind = np.uint16 if self.num_tokens <= 1 << 16 else np.int32
+        return np.array(found.ids, kind), np.diff(ends, prepend=0).astype(np.uint32)
+
+    def encode(self, text: str | bytes) -> Tensor:  # (n,) int64
+        "The tokens of a text."
+        return torch.from_numpy(self.encode_with_widths(text)[0].astype(np.int64))
+
+    def decode(self, ids) -> str:
+        "The text of some tokens (n,)."
+        ids = _as_integers(ids, "ids", max(self.num_tokens, 257))
+        return self.inner.decode(ids.tolist(), skip_special_tokens=False)
+
+    def save(self, path):
+        "Write it to a file, which both libraries read."
+        Path(path).write_text(self.inner.to_str(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path) -> "TextTokenizer":
+        "Read a `tokenizer.json`, or the one in a folder."
+        tokenizers, path = _tokenizers(), Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file(): raise FileNotFoundError(f"tokenizer: {str(file)!r} is no file")
+        try: return cls(tokenizers.Tokenizer.from_file(str(file)))
+        except Exception as error:
+            raise ValueError(f"tokenizer: {file} holds none: {error}") from error
+
+    def __eq__(self, other):
+        return isinstance(other, TextTokenizer) and self.inner.to_str() == other.inner.to_str()
+    def __hash__(self): return hash(self.num_tokens)
+    def __deepcopy__(self, memo): return self  # nothing changes it
+    def __repr__(self): return f"TextTokenizer of {self.num_tokens:,} tokens"
+
+def _tokenizers():
+    try: import tokenizers
+    except ImportError as error:
+        raise ImportError("a tokenizer needs the library tokenizers: "
+                          "pip install 'torch-memformers[tokenizers]'") from error
+    return tokenizers
+
+# %% ../nbs/02_data.ipynb #d272656a
+def _encode(corpus, tokenizer):
+    "A corpus of text in the tokens of a tokenizer."
+    if corpus.num_tokens != 256 or corpus.widths is not None:
+        raise ValueError("tokenizer: only text can be encoded, and the corpus consists of tokens "
+                         f"already: {corpus!r}")
+    tokenizer = TextTokenizer(tokenizer)
+    found = [tokenizer.encode_with_widths(text) for text in corpus.documents]
+    kept = [i for i, (ids, _) in enumerate(found) if len(ids) > 1]
+    skipped = [(corpus.names[i], f"{len(ids)} tokens: a document needs at least 2")
+               for i, (ids, _) in enumerate(found) if len(ids) < 2]
+    if not kept: raise ValueError(f"tokenizer: no text of two tokens; {_list_skipped(skipped)}")
+    if skipped: _warn(f"encode skipped {_list_skipped(skipped)}")
+    ids, widths = zip(*(found[i] for i in kept))
+    return replace(corpus, names=[corpus.names[i] for i in kept], documents=ids, widths=widths,
+                   num_tokens=max(257, tokenizer.num_tokens), tokenizer=tokenizer,
+                   skipped=(*corpus.skipped, *skipped))
+
+def _in_tokens_of(model, corpus):
+    "A corpus as the model reads it: text is encoded where the model has a tokenizer."
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None or corpus.tokenizer == tokenizer: return corpus
+    if corpus.tokenizer is not None:
+        raise ValueError("tokenizer: the corpus was encoded by another one than the model has; "
+                         "give the text as it was")
+    is_text = corpus.num_tokens == 256 and corpus.widths is None
+    return corpus.encode(tokenizer) if is_text else corpus
 
 # %% ../nbs/02_data.ipynb #49cbc32d
 CORPORA = {"stdlib": stdlib, "enwik8": enwik8}  # name -> function of the split; others may join

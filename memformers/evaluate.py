@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import ByteTokenizer, Corpus, _as_corpus, _at_least
+from .data import ByteTokenizer, Corpus, _as_corpus, _at_least, _in_tokens_of
 from .files import atomic_write
 from .memory import carry, clone, is_memory, nbytes, replace, select, shuffle
 from .memory import fields as memory_fields
@@ -436,6 +436,16 @@ class _Tally:
         self.memory_bytes = max(self.memory_bytes, memory_bytes)
 
 # %% ../nbs/19_evaluate.ipynb #5c638f42
+def _bytes_by_range(corpus, max_tokens, tally):
+    "Bytes of text that were predicted, (D, k); None where only ids are known."
+    if corpus.widths is None: return tally.tokens if corpus.num_tokens <= 256 else None
+    sums = np.zeros_like(tally.tokens)
+    for row, widths in zip(sums, corpus.widths):
+        widths = widths[:max_tokens][1:]  # the first token is given
+        ranges = np.searchsorted(tally.edges, np.arange(len(widths)), side="right") - 1
+        np.add.at(row, ranges, widths)
+    return sums
+
 def _check(model, corpus, batch_size, max_tokens, seed):
     "Refuse what cannot be evaluated, with the way out."
     _at_least("batch_size", batch_size, 1)
@@ -470,7 +480,7 @@ def evaluate(
 ) -> Evaluation:
     "Read every document of a corpus from its first to its last token, with each memory."
     size = _segment_length(model, seq_len)
-    corpus = _as_corpus(corpus, "valid", "corpus")
+    corpus = _in_tokens_of(model, _as_corpus(corpus, "valid", "corpus"))
     _check(model, corpus, batch_size, max_tokens, seed)
     modes, note = _possible(model, modes, len(corpus))
     texts = [text[:max_tokens] for text in corpus.documents]
@@ -497,7 +507,7 @@ def evaluate(
     return Evaluation(model.config(), corpus.name, corpus.fingerprint, corpus.names, tally.edges,
                       tally.tokens, tally.nats, tally.seconds,
                       sum(p.numel() for p in model.parameters()), tally.memory_bytes, settings,
-                      tally.tokens if corpus.num_tokens <= 256 else None)
+                      _bytes_by_range(corpus, max_tokens, tally))
 
 # %% ../nbs/19_evaluate.ipynb #ba5292c6
 def _text(ids, decode=None) -> str:

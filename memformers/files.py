@@ -153,7 +153,7 @@ def load_memory(
     return tree_map(lambda _: next(values), like)
 
 # %% ../nbs/01_files.ipynb #884a38a4
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 _LONGEST_CONFIG, _LARGEST_NUMBER = 1 << 20, 1 << 31   # bytes; of an argument of a model
 
 def read_config(
@@ -232,8 +232,12 @@ class _Files(PyTorchModelHubMixin):
         # A tied weight is one tensor with two names; both names are written.
         tensors = {k: t.detach().cpu().clone().contiguous() for k, t in self.state_dict().items()}
         with atomic_write(folder / _WEIGHTS) as draft: save_file(tensors, draft, {"format": "pt"})
+        config, tokenizer = self.config(), getattr(self, "tokenizer", None)
+        if tokenizer is not None:
+            config = config | {"tokenizer": _TOKENIZER}
+            with atomic_write(folder / _TOKENIZER) as draft: tokenizer.save(draft)
         with atomic_write(folder / _CONFIG) as draft:
-            draft.write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
+            draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options):
@@ -250,11 +254,13 @@ class _Files(PyTorchModelHubMixin):
         get = lambda name: folder / name if folder.is_dir() else Path(hf_hub_download(
             model_id, name, revision=revision, cache_dir=cache_dir, token=token,
             force_download=force_download, local_files_only=local_files_only))
-        saved = read_config(get(_CONFIG))["model_class"]
+        config = read_config(get(_CONFIG))
+        saved = config["model_class"]
         if saved != cls.__name__:
             raise ValueError(f"{model_id} holds a {saved}, not a {cls.__name__}; "
                              f"load it with {saved}.from_pretrained")
         path = get(_WEIGHTS)
         model = _build(cls, model_id, arguments, path)
         model.load_state_dict(load_file(path))
+        if config.get("tokenizer"): model.tokenizer = get(_TOKENIZER)
         return model.to(map_location).eval()

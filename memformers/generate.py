@@ -226,11 +226,14 @@ def _tokens(model, prompt, length, mask, memory, stop, pad, sampling):
 # %% ../nbs/17_generate.ipynb #a0b79ce2
 def generate(
     model: MemoryLM,
-    prompt: Tensor, # (b, n) or (n,) token ids
+    prompt: Tensor | str, # (b, n) or (n,) token ids, or a text
     length: int,    # tokens to generate, at most
     **options,      # of `stream`: mask, memory, stop_token, pad and how to sample
-) -> Tensor:        # (b, length) or (length,) what follows the prompt; shorter if all rows ended
+) -> Tensor | str:  # (b, length) or (length,) what follows the prompt, shorter if all rows ended;
+                    # after a text, a text
     "Generate a continuation of each prompt."
+    if isinstance(prompt, str) and isinstance(model, MemoryLM):
+        return model.decode(generate(model, model.encode(prompt), length, **options))
     drawn = list(stream(model, prompt, length, **options))
     out = torch.stack(drawn, dim=1) if drawn else prompt.new_zeros(
         len(prompt) if prompt.ndim == 2 else 1, 0, dtype=torch.long)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import LayerAttention, check_dropout, check_sizes, recording
+from .data import ByteTokenizer, TextTokenizer
 from .files import _Files
 from .memory import carry, check_memory
 
@@ -120,9 +121,19 @@ class evaluating:
 def _missing(model, name):
     return f"{type(model).__name__} has no `{name}`: a MemoryLM implements begin, extend and finish"
 
+def _fitting(tokenizer, num_tokens):
+    "A tokenizer, or the file of one, if its tokens are known to the model."
+    if tokenizer is None: return None
+    is_path = isinstance(tokenizer, (str, Path))
+    tokenizer = TextTokenizer.load(tokenizer) if is_path else TextTokenizer(tokenizer)
+    if tokenizer.num_tokens <= num_tokens: return tokenizer
+    raise ValueError(f"tokenizer has {tokenizer.num_tokens} tokens, but the model knows num_tokens "
+                     f"= {num_tokens}; make it with num_tokens={tokenizer.num_tokens}")
+
 class MemoryLM(nn.Module, _Files, ABC):
     "A causal language model that reads a text in segments and carries a memory between them."
     train_segments = 1  # segments between two cuts of the graph that training needs, at least
+    _tokenizer = None
 
     def __init__(
         self,
@@ -149,6 +160,23 @@ class MemoryLM(nn.Module, _Files, ABC):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         _remember_arguments(cls)
+
+    @property
+    def tokenizer(self) -> TextTokenizer | None:
+        "How a text becomes tokens, saved with the model; None: its bytes are the tokens."
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer):
+        self._tokenizer = _fitting(tokenizer, self.num_tokens)
+
+    def encode(self, text: str | bytes) -> Tensor:
+        "A text as tokens (n,), on the model's device."
+        return (self.tokenizer or ByteTokenizer()).encode(text).to(self.embedding.weight.device)
+
+    def decode(self, tokens) -> str:
+        "Tokens (n,) as a text."
+        return (self.tokenizer or ByteTokenizer()).decode(tokens)
 
     @abstractmethod
     def init_memory(self, batch_size: int, *, device=None, dtype=None):

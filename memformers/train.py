@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .data import Corpus, DocumentStream, _as_corpus
+from .data import Corpus, DocumentStream, _as_corpus, _in_tokens_of
 from .files import _fit_weights, atomic_write, load_memory, save_memory
 from .memory import carry, reset
 from .model import MemoryLM
@@ -833,10 +833,14 @@ class Trainer(_Run):
 
 # %% ../nbs/18_train.ipynb #83e02407
 def _for_vocabulary(corpus: Corpus, model) -> Corpus:
-    "The corpus, once all its tokens are known to the model: an accelerator's error says little."
+    "The corpus as the model reads it, all its tokens known: an accelerator's error says little."
+    corpus = _in_tokens_of(model, corpus)
     num_tokens = model.num_tokens if isinstance(model, MemoryLM) else corpus.num_tokens
     most = max(int(text.max()) for text in corpus) if corpus.num_tokens > num_tokens else 0
-    if most < num_tokens: return corpus
+    if most < num_tokens:
+        # Of an encoded corpus the model takes the tokenizer over, to be saved with it.
+        if getattr(model, "tokenizer", None) is None: model.tokenizer = corpus.tokenizer
+        return corpus
     raise ValueError(f"source has tokens up to {most}, but the model knows num_tokens = "
                      f"{num_tokens}; make it with num_tokens={corpus.num_tokens}")
 

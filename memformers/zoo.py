@@ -24,6 +24,7 @@ from .memorizing import MemorizingTransformer
 from .memory import nbytes
 from .memory_transformer_xl import MemoryTransformerXL
 from .neural_memory import NeuralMemoryTransformer
+from .data import TextTokenizer
 from .files import read_config
 from .model import MemoryLM
 from .recurrent_memory import RecurrentMemoryTransformer
@@ -142,6 +143,8 @@ def _check_options(cls, options: dict, what: str):
 
 def create(
     name: str,   # of a preset, see `models`
+    *,
+    tokenizer=None, # of tokenizers or transformers, or a `tokenizer.json`; None: bytes
     **options,   # arguments of the constructor that differ from the preset
 ) -> MemoryLM:
     "Build the model of a preset, with fresh weights."
@@ -149,7 +152,13 @@ def create(
         raise ValueError(f"no model is called {name!r}; there are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     _check_options(preset.model_class, options, "options")
-    return preset.model_class(**(preset.options | options))
+    if tokenizer is not None:
+        is_path = isinstance(tokenizer, (str, Path))
+        tokenizer = TextTokenizer.load(tokenizer) if is_path else TextTokenizer(tokenizer)
+        options = dict(num_tokens=tokenizer.num_tokens) | options
+    model = preset.model_class(**(preset.options | options))
+    model.tokenizer = tokenizer
+    return model
 
 # %% ../nbs/40_zoo.ipynb #7bcfff15
 def budget(model: MemoryLM) -> dict:
@@ -194,5 +203,6 @@ def load_model(
     if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"{where} holds a {name}, which this version does not know; "
                          f"it knows {', '.join(MODELS)}")
-    _check_options(MODELS[name], {k: v for k, v in config.items() if k != "model_class"}, path)
+    arguments = {k: v for k, v in config.items() if k not in ("model_class", "tokenizer")}
+    _check_options(MODELS[name], arguments, path)
     return MODELS[name].from_pretrained(where, **options)

@@ -11,7 +11,7 @@ GROUND = {"memory": set(), "files": {"memory"}, "data": set(), "tasks": {"data"}
           "plots": set(), "packages": {"data"}}
 PARTS = {"attention": {"memory"}, "positions": {"attention"},
          "gates": {"attention"}, "fixed_point": set(), "delta_rule": {"memory"}, "knn": {"memory"},
-         "model": {"memory", "files", "attention"},
+         "model": {"memory", "files", "data", "attention"},
          "generate": {"memory", "attention", "model"},
          "train": {"memory", "files", "data", "model", "tasks"},
          "evaluate": {"memory", "files", "data", "model"}}
