@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'ByteTokenizer', 'Corpus', 'stdlib', 'text_files', 'token_ids', 'enwik8', 'dataset_rows', 'hugging_face',
-           'load_corpus', 'Segment', 'Stream', 'DocumentStream']
+           'TextTokenizer', 'load_corpus', 'Segment', 'Stream', 'DocumentStream']
 
 # %% ../nbs/02_data.ipynb #ae0dd080
 import codecs
