@@ -1,14 +1,17 @@
 "The parts of 10 and 11 against plain loops: attention, the cache and relative positions."
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from memformers import TransformerXL, carry
-from memformers.attention import (Buffer, Cursor, Keys, KVCache, attend, keys_of, recording,
-                                  split_qkv, valid_slots)
+from memformers.attention import (Buffer, Cursor, Keys, KVCache, attend, check_layers, keys_of,
+                                  recording, split_qkv, valid_slots)
 from memformers.generate import Reader
 from memformers.memory import put, select
-from memformers.positions import LearnedPositions, T5Positions, XLPositions, distance_scores
+from memformers.positions import (LearnedPositions, T5Positions, XLPositions, distance_scores,
+                                  t5_bucket)
 
 close = torch.testing.assert_close
 
@@ -250,3 +253,28 @@ def test_columns_that_are_padding_in_all_rows_stay(keep_graph):
             data = buffer.read(cursor.columns)
             assert data.shape[1] == cursor.columns == 4
         assert cursor.valid() is None and data[..., 0].tolist() == [[1, 2, 3, 1]] * 2
+
+
+def test_a_longer_row_may_be_put_into_a_segment():
+    short, long = (Cursor.start(b, 9).advance(n)[1] for b, n in ((3, 2), (1, 5)))
+    both = put(short, [1], long)
+    assert both.length.tolist() == [2, 5, 2] and both.columns == 5
+    assert both.valid().sum(1).tolist() == [2, 5, 2]
+
+
+def test_layers_come_in_order():
+    assert check_layers("memory_layers", [3, 1], 3) == (1, 3)
+
+
+def test_t5_buckets_equal_the_formula():
+    """Sixteen exact ones, sixteen logarithmic ones, and the last for all from 128 on."""
+    want = [d if d < 16 else min(31, 16 + int(16 * math.log(d / 16) / math.log(8)))
+            for d in range(300)]
+    assert t5_bucket(torch.arange(300)).tolist() == want and set(want) == set(range(32))
+
+
+def test_distances_are_exact_in_half_precision():
+    """bfloat16 can't count beyond 256: sinusoids are computed in float32 first."""
+    exact = XLPositions(8, 2, 4)
+    half = XLPositions(8, 2, 4).bfloat16()
+    assert torch.equal(half.encode(600), exact.encode(600)) and half.encode(1).dtype == torch.float32

@@ -346,3 +346,10 @@ def test_load_model_finds_the_class(tmp_path):
     (tmp_path / "config.json").write_text('{"a": ')
     with pytest.raises(ValueError, match="not a configuration"): load_model(tmp_path)
     with pytest.raises(FileNotFoundError): load_model(tmp_path / "nothing")
+
+
+def test_characters_come_whole():
+    """However many bytes they take; what is no text does not hold the rest up."""
+    show = lambda data: list(cli._characters(iter(torch.tensor(list(data)))))
+    assert show("aé€😀b".encode()) == ["a", "é", "€", "😀", "b"]
+    assert "".join(show(b"\xffabcd")).endswith("abcd") and show("€".encode()[:2]) == ["�"]

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memformers import data
+from memformers import data, tasks
 from memformers.data import (ByteTokenizer, Corpus, DocumentStream, Segment, dataset_rows, enwik8,
                              hugging_face, load_corpus, stdlib, text_files, token_ids)
 from memformers.tasks import (RecallTask, TaskStream, copy_task, dots, key_value_task, passkey_task,
@@ -1008,3 +1008,21 @@ def test_programs_print_what_they_compute():
         assert [i for i, right in seen if right] == answer.nonzero()[0].tolist()
         asked += len(seen)
     assert asked > 100 and borders > 5
+
+
+def test_pairs_hold_no_filler():
+    """Token 0 is the filler; keys and values are others, and each key comes once."""
+    task = tasks.associative_recall_task(pairs=3, distance=5, vocab=8)
+    for seed in range(40):
+        tokens, _ = task.episode(np.random.default_rng(seed))
+        keys, values = tokens[:6:2], tokens[1:6:2]
+        assert set(keys) == {1, 2, 3} and all(4 <= value < 8 for value in values)
+        assert not tokens[6:10].any()
+
+
+def test_filler_from_a_corpus_begins_with_a_line():
+    lines = "".join(f"line {i:03}: some words\n" for i in range(100))
+    fill = tasks.CorpusFill(Corpus("lines", ("a",), (np.frombuffer(lines.encode(), np.uint8),)))
+    drawn = [fill(50, np.random.default_rng(seed)) for seed in range(40)]
+    assert all(len(text) == 50 and text.startswith(b"line") for text in drawn)
+    assert len(set(drawn)) > 20

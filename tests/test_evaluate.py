@@ -11,8 +11,8 @@ from mechanisms import SIZES, each
 
 from memformers import MemorizingTransformer, TransformerXL, carry, clone, nbytes, select
 from memformers.data import ByteTokenizer, Corpus, load_corpus
-from memformers.evaluate import (Estimate, Evaluation, TokenBits, evaluate, resampled_sums,
-                                 token_bits, token_bits_by_mode)
+from memformers.evaluate import (Estimate, Evaluation, TokenBits, _side_by_side, evaluate,
+                                 resampled_sums, token_bits, token_bits_by_mode)
 from memformers.memory import replace, shuffle
 from memformers.probe import lookup, recall
 from memformers.tasks import copy_task
@@ -525,3 +525,16 @@ def test_token_bits_refuse():
             (lambda: token_bits_by_mode(model, [99, 1]), "num_tokens"),
             (lambda: token_bits_by_mode(model, text).saved("foreign"), "without.*foreign")]:
         with pytest.raises(ValueError, match=words): call()
+
+
+@pytest.mark.parametrize("pairs", [[[0]], [[0, 1]], [[1, 0, 2]], [[2, 0], [1, 3, 4]]])
+def test_a_foreign_memory_is_never_ones_own(pairs):
+    """Of two documents each other's, of three in a ring; a single one has no partner."""
+    texts = [np.arange(n) for n in (4, 5, 6, 7, 8)]
+    pairs = [sorted(pair) for pair in pairs]
+    for numbers, partner, *_ in _side_by_side(pairs, texts, 2):
+        assert sorted(partner) == list(range(len(numbers)))
+        together = {number: pair for pair in pairs for number in pair}
+        for row, other in enumerate(partner):
+            assert numbers[other] in together[numbers[row]]
+            assert other != row or len(together[numbers[row]]) == 1

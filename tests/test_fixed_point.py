@@ -152,3 +152,14 @@ def test_padding_need_not_converge():
 def test_options_that_mean_nothing(options, name):
     x, _, f, _, _ = recurrence()
     with pytest.raises(ValueError, match=name): solve(f, x, **options)
+
+
+def test_no_more_is_asked_than_the_type_can_tell():
+    """Under autocast entries may flicker by less than a step of bfloat16; that counts as none."""
+    calls = []
+    def f(entries):
+        calls.append(1)
+        return (torch.full_like(entries, 1 + 1e-3 * (len(calls) % 2)),)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        _, report = solve(f, torch.ones(1, 9, 2), tol=1e-6)
+    assert report.passes == 1 and report.change > 1e-4

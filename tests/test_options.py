@@ -275,3 +275,9 @@ def test_options_go_together_in_training(cls, seed):
     whole = gradients(model.step)
     close(gradients(lambda *given: pieces(model, *given)), whole)
     assert all(g.isfinite().all() for g in gradients(model.train().step, torch.bfloat16).values())
+
+
+@pytest.mark.parametrize("cls", MODELS, ids=lambda cls: cls.__name__)
+def test_dropout_is_off_in_evaluation(cls):
+    drops = {name: value for name, value in MODELS[cls][1].items() if "dropout" in name}
+    assert drops and same(outcome(build(cls, **drops).eval()), outcome(build(cls).eval()))

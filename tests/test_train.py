@@ -914,3 +914,10 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
 
 
 if __name__ == "__main__": globals()[sys.argv[1]](Path(sys.argv[2]))
+
+
+def test_resuming_forgets_what_came_after_the_checkpoint_and_no_more(tmp_path):
+    lines = [json.dumps(dict(step=step, bits=1.0)) for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    memformers.train._cut_metrics(tmp_path, 3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]

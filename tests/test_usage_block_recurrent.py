@@ -97,3 +97,11 @@ def test_states_stay_float32_in_a_bfloat16_model():
     (dict(recurrent_layer=3), "recurrent_layer"), (dict(mem_len=-1), "mem_len")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message): small(**options)
+
+
+def test_the_lstm_gate_begins_with_small_weights():
+    """A tenth of the usual deviation (Hutchins et al. 2022), so that states change little at first."""
+    model = BlockRecurrentTransformer(num_tokens=8, dim=64, depth=1, heads=2, seq_len=4,
+                                      num_states=2, gate="lstm")
+    std = model.layers[0].gate.to_new.weight.std()
+    assert abs(std / (.1 * 128 ** -.5) - 1) < .05

@@ -68,3 +68,11 @@ def test_a_long_text_stays_finite():
     reader = Reader(model)
     with torch.no_grad(): logits = reader.read(text(1, 4096))
     assert logits.isfinite().all() and reader.memory.state.abs().max() < 1e3
+
+
+def test_steps_begin_within_their_bounds():
+    """softplus of the stored numbers is what was drawn: from .001 to .1, and near to both ends."""
+    torch.manual_seed(0)
+    steps = GatedDeltaNet(num_tokens=8, dim=512, depth=1, heads=512).layers[0].dt
+    steps = torch.nn.functional.softplus(steps)
+    assert .99e-3 < steps.min() < 1.1e-3 and .09 < steps.max() < .1001

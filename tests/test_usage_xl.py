@@ -213,3 +213,10 @@ def test_bad_calls(call, message):
 def test_a_tuple_is_no_memory():
     with pytest.raises(TypeError, match="XLMemory"):
         small().step(torch.zeros(2, 8).long(), tuple(small().init_memory(2)))
+
+
+def test_a_model_from_a_folder_is_ready_to_evaluate(tmp_path):
+    model = TransformerXL(num_tokens=16, dim=8, depth=1, heads=2, seq_len=4, attn_dropout=0.5)
+    assert model.training
+    model.save_pretrained(tmp_path)
+    assert not any(module.training for module in TransformerXL.from_pretrained(tmp_path).modules())

@@ -220,3 +220,10 @@ def test_refuses_texts_without_a_label():
         AutoregressiveWrapper(small())(text(2, 1), return_loss=True)
     with pytest.raises(ValueError, match="1-D"):
         AutoregressiveWrapper(small())([], return_loss=True)
+
+
+def test_top_k_rounds_up():
+    """As in the original: a tenth of 15 tokens are two of them, and one is always left."""
+    logits = torch.randn(3, 15)
+    for thres, left in ((.9, 2), (.95, 1), (1., 1), (.5, 8)):
+        assert (top_k(logits, thres=thres) > -torch.inf).sum(1).tolist() == [left] * 3
