@@ -31,7 +31,7 @@ $(READY): constraints.txt settings.ini setup.py
 		{ [ -e $@ ] && [ "$$(cat $@)" != "$(CURDIR)" ]; }; then rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && touch $(VENV)/unfinished
 	@[ -x $(BIN)/python ] || { $(FIND_PYTHON); "$$python" -m venv $(VENV); }
-	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,hf,dev]'
 	@rm $(VENV)/unfinished && echo "$(CURDIR)" > $@
 
 .PHONY: demo
@@ -95,7 +95,7 @@ constraints: ## refresh constraints.txt from the newest releases that a fresh en
 	@echo "== Constraints: a throwaway environment in build/fresh"
 	rm -rf build/fresh && mkdir -p build
 	@$(FIND_PYTHON); "$$python" -m venv build/fresh
-	build/fresh/bin/python -m pip install $$(grep '^torch==' constraints.txt) '.[cpu,dev]'
+	build/fresh/bin/python -m pip install $$(grep '^torch==' constraints.txt) '.[cpu,hf,dev]'
 	@{ sed -n '/^#/p' constraints.txt; build/fresh/bin/python -m pip freeze \
 		--exclude torch-memformers | sed 's/+cpu$$//'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt && rm -rf build/fresh

@@ -347,7 +347,7 @@ def _joined(outs):
 def _check_call(model, text, mask, cache, keep):
     "Refuse what can't be read; repeat the rows of the cache for beams."
     (b, n), rows = text.shape[:2], batch_size(cache.memory)
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and getattr(model, "is_activation_checkpointing", False):
         raise ValueError("gradient_checkpointing must be off: transformers takes the cache, and "
                          "with it the memory, from a layer that it computes twice")
     if isinstance(keep, Tensor):
@@ -497,8 +497,10 @@ def from_pretrained(
     setup = json.loads((folder / _SETUP).read_text())
     if base is None: base = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, new = add_memory(base, **setup), load_file(folder / _WEIGHTS)
-    if new.keys() != model.memory_parameters().keys():
-        raise ValueError(f"base must be the model that {folder} was saved from: its memory has "
-                         f"the weights {sorted(new)}, not {sorted(model.memory_parameters())}")
+    sizes = lambda weights: {name: tuple(t.shape) for name, t in weights.items()}
+    have, want = sizes(new), sizes(model.memory_parameters())
+    if have != want:
+        raise ValueError(f"base must be the model that {folder} was saved from: the new weights "
+                         f"there are {have}, here they would be {want}")
     model.load_state_dict(new, strict=False)
     return model

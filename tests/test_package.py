@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["accelerate", "datasets", "faiss", "ipykernel", "IPython", "jupyter_core", "matplotlib",
-         "nbdev", "pandas", "tensorboard"]
+         "nbdev", "pandas", "peft", "tensorboard", "transformers"]
 
 
 def run(*command, **options):
@@ -78,8 +78,8 @@ def test_what_is_imported_is_required(settings):
     def packages(*keys): return {re.match(r"[\w-]+", word)[0].partition("-")[0]
                                  for key in keys for word in shlex.split(settings[key])}
     required = packages("requirements")
-    extras = ("cpu_requirements", "hub_requirements", "tensorboard_requirements",
-              "fla_requirements")
+    extras = ("cpu_requirements", "hub_requirements", "hf_requirements",
+              "tensorboard_requirements", "fla_requirements")
     optional = required | packages(*extras)
     for path in (ROOT / "memformers").glob("*.py"):
         at_once, later = imported(path)

@@ -366,14 +366,15 @@ def test_gradients_reach_the_new_weights_and_nothing_else(family):
     for p in new.values(): p.requires_grad_(True)
     model(x, labels=x).loss.backward()
     # No gradient enters the store, so what the last layer adds is all that its weights change.
+    # Norms are computed in float32, so the step must not be small.
     for name, p in list(new.items())[2:]:
         def loss(shift):
-            p.data[1] += shift
+            p.data += shift
             value = F.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
-            p.data[1] -= shift
+            p.data -= shift
             return value.item()
-        with torch.no_grad(): slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
-        assert math.isclose(p.grad[1], slope, rel_tol=1e-3, abs_tol=1e-7), name
+        with torch.no_grad(): slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
+        assert math.isclose(p.grad.sum(), slope, rel_tol=1e-2, abs_tol=3e-5), name
     assert all(p.grad is None for name, p in model.named_parameters() if name not in new)
 
 
@@ -416,7 +417,7 @@ def test_trainer_alone_resumes(tmp_path):
 
 def test_gradient_checkpointing_is_refused():
     model = make("llama").train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient_checkpointing"): model(text())
     model.eval()(text())
 
