@@ -290,6 +290,11 @@ def ages(self: KNNStore, slots: Tensor) -> Tensor:
     return (written - 1 - slots) % max(1, self.capacity)
 
 @patch
+def take(self: KNNStore, slots: Tensor) -> Tensor:
+    "Keys and values of `slots` (b, q, k) of a store (b, slots, 2, d): (b, q, k, 2, d)."
+    return self.kv[torch.arange(len(slots), device=slots.device)[:, None, None], slots]
+
+@patch
 def nearest(self: KNNStore, queries: Tensor, topk: int):
     "The function `nearest` on the keys of a store (b, slots, 2, d)."
     return nearest(self.kv[:, :, 0], self.fill, queries, topk)

@@ -531,6 +531,29 @@ def nearest(self: KNNMemory, queries: Tensor, topk: int, effort: int | None = No
     return _faiss_nearest(store, indexes, self.index, effort or self.effort, queries, topk)
 
 @patch
+def take(self: KNNMemory, slots: Tensor) -> Tensor:
+    "Keys and values of `slots` (rows, q, k): (rows, q, k, 2, dim)."
+    rows = torch.as_tensor(self.rows, dtype=torch.long, device=slots.device)
+    return self._store.kv[rows[:, None, None], slots]
+
+def _search(memory, queries, topk, *effort):
+    "What `nearest` of a memory finds: the memories, best first, and which of them are real."
+    if not _is_size(topk) or topk > memory.max_memories:
+        raise ValueError("topk must be a whole number from 1 to max_memories = "
+                         f"{memory.max_memories}; got {topk!r}")
+    flat = queries.detach().reshape(len(queries), -1, memory.dim)
+    if not memory.fill.any():
+        kv = queries.new_zeros(*flat.shape[:2], topk, 2, memory.dim)
+        mask = torch.zeros(kv.shape[:3], dtype=torch.bool, device=kv.device)
+    else:
+        scores, slots, mask = memory.nearest(flat, topk, *effort)
+        order = scores.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True)
+        slots, mask = slots.gather(-1, order), mask.gather(-1, order)
+        kv = memory.take(slots).masked_fill_(~mask[..., None, None], 0)
+    shape = (*queries.shape[:-1], topk)
+    return kv.view(*shape, 2, memory.dim), mask.reshape(shape)
+
+@patch
 def search(
     self: KNNMemory,
     queries: Tensor, # (rows, …, dim)
@@ -540,22 +563,8 @@ def search(
     "The memories with the largest inner products with each query, best first; then zeros."
     self._check_open()
     self._check_floats("queries", queries)
-    if not _is_size(topk) or topk > self.max_memories:
-        raise ValueError("topk must be a whole number from 1 to max_memories = "
-                         f"{self.max_memories}; got {topk!r}")
     if nprobe is not None: _check_size("nprobe", nprobe)
-    flat = queries.detach().reshape(len(queries), -1, self.dim)
-    if not self.capacity:
-        kv = queries.new_zeros(*flat.shape[:2], topk, 2, self.dim)
-        mask = torch.zeros(kv.shape[:3], dtype=torch.bool, device=kv.device)
-    else:
-        scores, slots, mask = self.nearest(flat, topk, nprobe)
-        order = scores.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True)
-        slots, mask = slots.gather(-1, order), mask.gather(-1, order)
-        rows = torch.as_tensor(self.rows, dtype=torch.long, device=slots.device)
-        kv = self._store.kv[rows[:, None, None], slots].masked_fill_(~mask[..., None, None], 0)
-    shape = (*queries.shape[:-1], topk)
-    return kv.view(*shape, 2, self.dim), mask.reshape(shape)
+    return _search(self, queries, topk, nprobe)
 
 @patch
 def ages(self: KNNMemory, slots: Tensor) -> Tensor:

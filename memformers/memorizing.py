@@ -82,10 +82,10 @@ class _Scores(torch.autograd.Function):
         back = F.embedding_bag(index, table, per_sample_weights=grad.to(table.dtype), mode="sum")
         return back, None, None, None
 
-def _first(store, m):
-    "A copy of the first m slots (b, m, 2, d); zeros where a row has no memory: NaN times 0 is NaN."
-    valid = torch.arange(m, device=store.kv.device) < store.fill[:, None]
-    return store.kv[:, :m].masked_fill(~valid[..., None, None], 0)
+def _first(kv, fill):
+    "A copy of slots (b, m, 2, d); zeros where a row has no memory: NaN times 0 is NaN."
+    valid = torch.arange(kv.shape[1], device=kv.device) < fill[:, None]
+    return kv.masked_fill(~valid[..., None, None], 0)
 
 def _table(store, slots, found, dtype):
     "Rows of keys (2i) and values (2i + 1), and for each of `slots` (b, q, k) its i: (b · q, k)."
@@ -93,10 +93,10 @@ def _table(store, slots, found, dtype):
     row = torch.arange(b, device=slots.device)[:, None, None]
     used = used_slots(store.fill, store.capacity)
     # A copy in any case: the store may be written before the backward pass.
-    if q * k <= used:
-        kv = store.kv[row, slots].masked_fill_(~found[..., None, None], 0)
+    if q * k <= used or not hasattr(store, "kv"):
+        kv = store.take(slots).masked_fill_(~found[..., None, None], 0)
         index = torch.arange(b * q * k, device=slots.device)
-    else: kv, index = _first(store, used), slots + row * used
+    else: kv, index = _first(store.kv[:, :used], store.fill), slots + row * used
     return kv.to(dtype).view(-1, kv.shape[-1]), index.view(b * q, k)
 
 # %% ../nbs/24_memorizing.ipynb #8efc945a
@@ -587,6 +587,8 @@ def _alone(logits):
     return logits if torch.compiler.is_compiling() else logits.as_subclass(_Alone)
 
 # %% ../nbs/24_memorizing.ipynb #a4e1c705
+_CALLS = "rows", "dim", "fill", "capacity", "nearest", "take", "ages", "add", "clear"
+
 @patch
 def _documented_memory(self: MemorizingTransformer, b, knn_memories, xl_memories):
     "The arguments of `forward` as one memory."
@@ -604,6 +606,10 @@ def _documented_memory(self: MemorizingTransformer, b, knn_memories, xl_memories
                          f"{self.kv_heads}; got {len(knn_memories)}. `create_knn_memories` "
                          "makes them.")
     for knn in knn_memories:
+        missing = [name for name in _CALLS if not hasattr(knn, name)]
+        if missing:
+            raise TypeError(f"knn_memories must be KNNMemory objects, or have their {', '.join(_CALLS)}"
+                            f"; a {type(knn).__name__} has no {missing[0]}")
         if (len(knn.rows), knn.dim) != (b, self.dim_head):
             raise ValueError(f"knn_memories must have {b} rows of width {self.dim_head}, got "
                              f"{len(knn.rows)} of width {knn.dim}: made for another batch size "

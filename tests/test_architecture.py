@@ -19,7 +19,7 @@ MECHANISM = {"memory", "model", "attention", "positions", "gates"}
 # A mechanism that stands on a part of its own.
 ALSO = {"memorizing": {"knn"}, "feedback": {"fixed_point"}, "infini": {"delta_rule"},
         "gated_delta": {"delta_rule"}}
-ASSEMBLY = ("zoo", "wrapper", "knn_memory", "pretrained", "probe", "compare", "cli")
+ASSEMBLY = ("zoo", "wrapper", "knn_memory", "pretrained", "probe", "compare", "cli", "sharded_knn")
 LAZY = {"memorizing": {"knn_memory"}}     # inside a documented call that makes such an object
 
 
