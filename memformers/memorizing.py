@@ -608,9 +608,8 @@ def _documented_memory(self: MemorizingTransformer, b, knn_memories, xl_memories
     for knn in knn_memories:
         missing = [name for name in _CALLS if not hasattr(knn, name)]
         if missing:
-            raise TypeError(f"knn_memories must be KNNMemory objects, or have their "
-                            f"{', '.join(_CALLS)}"
-                            f"; a {type(knn).__name__} has no {missing[0]}")
+            raise TypeError("knn_memories must be KNNMemory objects, or have their "
+                            f"{', '.join(_CALLS)}; a {type(knn).__name__} has no {missing[0]}")
         if (len(knn.rows), knn.dim) != (b, self.dim_head):
             raise ValueError(f"knn_memories must have {b} rows of width {self.dim_head}, got "
                              f"{len(knn.rows)} of width {knn.dim}: made for another batch size "
