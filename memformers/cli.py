@@ -9,6 +9,7 @@ __all__ = ['DEMO', 'DEMO_MODES', 'COMMANDS', 'models', 'data', 'train', 'evaluat
 import ast
 import errno
 import inspect
+import json
 import os
 import re
 import shlex
@@ -160,6 +161,7 @@ def train(
     _note_command(folder)
     done = train_model(net, texts, folder, settings)
     if done.accelerator.is_main_process and not done.interrupted:
+        net.generate_model_card(corpus=texts).save(folder / "model/README.md")
         again = shlex.join(["memformers", "evaluate", str(folder), "--corpus", str(corpus)]
                            + ["--valid-share", str(valid_share)] * bool(shares))
         print(f"The model is in {folder / 'model'}. Evaluate it with:\n    {again}")
@@ -200,6 +202,7 @@ def evaluate(
                             max_tokens=max_tokens or None, progress=sys.stderr.isatty())
     where = Path(out or Path(folder if Path(folder).is_dir() else ".") / "evaluation")
     _write_evaluation(result, where)
+    _write_card(Path(folder), model, result)
     print(f"{result.table()}\n\nNumbers and figure: {where}")
     return result
 
@@ -216,6 +219,13 @@ def _write_evaluation(result: Evaluation, where: Path):
         else "tokens"
     save_figure(plot_bits_by_position(result.edges, series, unit=result.unit, position=position),
                 where / "bits_by_position.png")
+
+def _write_card(run: Path, model, result: Evaluation):
+    "The card of a run's model, with what it has read and how it scores."
+    if not (run / "model/config.json").is_file(): return
+    try: corpus = json.loads((run / "options.json").read_text(encoding="utf-8")).get("corpus")
+    except (OSError, ValueError, AttributeError): corpus = None
+    model.generate_model_card(result, corpus).save(run / "model/README.md")
 
 # %% ../nbs/46_cli.ipynb #09b380cf
 _LONGEST_PROMPT = 1 << 24  # bytes

@@ -173,6 +173,8 @@ def stream(
     memory=None,                   # what comes before the prompt, carried; it is not changed
     stop_token: int | Iterable[int] | None = None, # a row ends with this token, or one of these
     pad: int = 0,                  # what a finished row yields
+    logits_processor=None,         # of transformers, or several: from all ids so far (b, k) and
+                                   # logits (b, num_tokens) to logits, before sampling
     **sampling,                    # of `sample`: temperature, top_k, top_p, min_p, generator, …
 ) -> Iterator[Tensor]:             # (b,) token ids, `length` times or until all rows have ended
     "Generate token by token; the model keeps its mode, and the memory passed in its contents."
@@ -190,7 +192,17 @@ def stream(
     if mask is not None and not mask.any(1).all():
         raise ValueError("mask must leave at least one real token in every row of the prompt; "
                          f"rows {(~mask.any(1)).nonzero()[:, 0].tolist()} have none")
-    return _tokens(model, prompt, length, mask, memory, stop, pad, sampling)
+    process = _processors(logits_processor)
+    return _tokens(model, prompt, length, mask, memory, stop, pad, process, sampling)
+
+def _processors(given):
+    "What is done to the logits before sampling, in order."
+    # A list of transformers can be called itself.
+    several = isinstance(given, Iterable) and not callable(given)
+    process = [] if given is None else list(given) if several else [given]
+    if all(map(callable, process)): return process
+    raise TypeError("logits_processor must be a function of ids and logits, or a list of such; got "
+                    f"{given!r}")
 
 def _stop_tokens(stop_token, num_tokens):
     "The stop tokens as a list."
@@ -205,7 +217,7 @@ def _stop_tokens(stop_token, num_tokens):
     return stop
 
 @torch.no_grad()  # of a generator function: inside, and not for the caller between tokens
-def _tokens(model, prompt, length, mask, memory, stop, pad, sampling):
+def _tokens(model, prompt, length, mask, memory, stop, pad, process, sampling):
     "The loop of `stream`."
     # The new layout pays from a few tokens on, and for few rows.
     model = for_generation(model, columns=length > 8 and len(prompt) <= 2)
@@ -214,9 +226,12 @@ def _tokens(model, prompt, length, mask, memory, stop, pad, sampling):
         logits = reader.read(prompt, mask)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     stop = torch.tensor(stop, device=prompt.device)
+    ids = as_ids(prompt)
     for i in range(length):
+        for f in process: logits = f(ids, logits.clone())
         token = sample(logits, **sampling).masked_fill(ended, pad)
         yield token
+        if process: ids = torch.cat([ids, token[:, None]], 1)
         if len(stop):
             ended = ended | torch.isin(token, stop)
             if ended.all(): return

@@ -25,7 +25,7 @@ from .attention import (_RECORDS, Buffer, Cursor, FeedForward, Keys, KVCache, Sp
                                   keys_of, record, used_slots, valid_slots)
 from .knn import KNNStore
 from .memory import carry, filled, memory_state, push, replace, reset, shared, slots
-from .model import MemoryLM, check_tokens, init_weights
+from .model import MemoryLM, _also_by_name, check_tokens, init_weights
 from .positions import T5Positions
 
 # %% ../nbs/24_memorizing.ipynb #49d414a7
@@ -625,6 +625,7 @@ def _add(knn_memories, pending):
 
 # %% ../nbs/24_memorizing.ipynb #3f1a001b
 @patch
+@_also_by_name
 def forward(
     self: MemorizingTransformer,
     x: Tensor,                 # (b, n) token ids

@@ -6,19 +6,23 @@
 __all__ = ['Step', 'padding_last', 'check_tokens', 'as_ids', 'check_step', 'evaluating', 'MemoryLM', 'init_weights']
 
 # %% ../nbs/16_model.ipynb #4ac90b98
+import functools
 import inspect
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from .attention import LayerAttention, check_dropout, check_sizes, recording
 from .data import ByteTokenizer, TextTokenizer
-from .files import _Files
-from .memory import carry, check_memory
+from .files import Named, _Files
+from .memory import carry, check_memory, nbytes
 
 # %% ../nbs/16_model.ipynb #087539d7
 class Step(NamedTuple):
@@ -59,7 +63,8 @@ def check_tokens(
                          f"{mask.dtype} of shape {tuple(mask.shape)}")
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
         real = tokens if mask is None else tokens[mask]
-        if real.numel() and not (0 <= real.min() and real.max() < num_tokens):
+        # As Python's numbers: 256 does not fit into the type of a byte.
+        if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < num_tokens:
             raise ValueError(f"{name} must lie between 0 and num_tokens - 1 = {num_tokens - 1}; "
                              f"got {int(real.min())} to {int(real.max())}")
 
@@ -117,6 +122,46 @@ class evaluating:
     def __exit__(self, *_):
         for module in self.training: module.training = True
 
+# %% ../nbs/16_model.ipynb #87f923ad
+def _also_by_name(forward):
+    "A forward pass that also takes a batch as transformers calls it, by the name `input_ids`."
+    if hasattr(forward, "__wrapped__"): return forward
+    @functools.wraps(forward)
+    def either(self, *args, **kwargs):
+        if "input_ids" in kwargs: return self.read_batch(*args, **kwargs)
+        return forward(self, *args, **kwargs)
+    signature = inspect.signature(forward)
+    known = dict(signature.parameters)
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in ("input_ids", "attention_mask", "labels") if name not in known]
+    # Who calls it looks here which columns of a table it may give.
+    either.__signature__ = signature.replace(parameters=[*known.values(), *more])
+    return either
+
+def _card(model, evaluation, corpus) -> str:
+    "A model card in markdown."
+    record = corpus if isinstance(corpus, dict) or corpus is None else corpus.manifest()
+    name, memory = type(model).__name__, model.init_memory(1, device="meta")
+    budget = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+              "memory per row": f"{nbytes(memory, full=True):,} bytes",
+              "longest segment": f"{model.seq_len:,} tokens",
+              "vocabulary": f"{model.num_tokens:,} tokens, "
+                            + ("bytes of UTF-8" if model.tokenizer is None else "tokenizer.json")}
+    lines = ["---", "library_name: memformers", "pipeline_tag: text-generation",
+             "tags: [memory, long-context]", "---", "", f"# {name}", "", f"{type(model).__doc__}",
+             "", "```python", "from memformers import generate",
+             "from memformers.zoo import load_model", "model = load_model(\"user/name\")",
+             'print(generate(model, "Once upon a time", 200))', "```", "", "## Budget", "",
+             "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in budget.items())]
+    if record:
+        known = {k: record[k] for k in ("name", "source", "documents", "tokens", "sha256")
+                 if record.get(k)}
+        lines += ["", "## Training text", "", "| | |", "|---|---|",
+                  *(f"| {what} | {value} |" for what, value in known.items())]
+    if evaluation is not None: lines += ["", "## Evaluation", "", evaluation.table()]
+    options = json.dumps(model.config(), indent=1)
+    return "\n".join([*lines, "", "## Options", "", "```json", options, "```", ""])
+
 # %% ../nbs/16_model.ipynb #94e16ffe
 def _missing(model, name):
     return f"{type(model).__name__} has no `{name}`: a MemoryLM implements begin, extend and finish"
@@ -160,6 +205,7 @@ class MemoryLM(nn.Module, _Files, ABC):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         _remember_arguments(cls)
+        cls.forward = _also_by_name(cls.forward)
 
     @property
     def tokenizer(self) -> TextTokenizer | None:
@@ -234,6 +280,33 @@ class MemoryLM(nn.Module, _Files, ABC):
         "Logits (b, n, num_tokens) and the memory for the next segment, already carried."
         out = self.step(x, memories, mask)
         return out.logits, carry(out.memory, grad=grad)
+
+    def read_batch(
+        self,
+        input_ids: Tensor,                     # (b, n) token ids, n as long as you like
+        attention_mask: Tensor | None = None,  # (b, n), 0 for padding
+        labels: Tensor | None = None,          # (b, n) ids, as `input_ids`; -100 does not count
+        memory=None,                           # what comes before; None: a fresh one
+    ) -> Named:  # loss (with labels), logits (b, n, num_tokens) and memory, carried
+        "A batch as transformers has it: `model(input_ids=…)`. The loss shifts the labels itself."
+        mask = None if attention_mask is None else attention_mask.bool()
+        logits, aux, size = [], 0, self.seq_len
+        masks = [None] * input_ids.shape[1] if mask is None else mask.split(size, 1)
+        for number, (tokens, real) in enumerate(zip(input_ids.split(size, 1), masks), 1):
+            out = self.step(tokens, memory, real)
+            memory = carry(out.memory, grad=number % self.train_segments > 0)
+            logits.append(out.logits)
+            aux = aux + out.aux_loss
+        found = Named(logits=torch.cat(logits, 1), memory=memory)
+        if labels is None: return found
+        score = found.logits[:, :-1].flatten(0, 1)
+        loss = F.cross_entropy(score.to(torch.promote_types(score.dtype, torch.float32)),
+                               labels[:, 1:].flatten(), ignore_index=-100)
+        return Named(loss=loss + aux / number, **found)
+
+    def generate_model_card(self, evaluation=None, corpus=None) -> ModelCard:
+        "What the hub shows: the model, its budget, what it has read and how it scores."
+        return ModelCard(_card(self, evaluation, corpus))
 
     @torch.no_grad()
     def attention_weights(self, tokens: Tensor, memory=None) -> list[LayerAttention]:

@@ -53,6 +53,8 @@ def test_a_run_from_training_to_text(texts, tmp_path, capsys):
     assert "| off |" in capsys.readouterr().out
     assert main(words("evaluate {run} --corpus {texts} --cpu", run=run, texts=texts)) == 0
     assert "4 documents" in capsys.readouterr().out    # as `train` has recommended
+    card = (run / "model/README.md").read_text()
+    assert "| on |" in card and "| documents | 4 |" in card
     assert (run / "evaluation" / "evaluation.json").is_file()
 
     generate = words("generate {run} --prompt alpha --length 20 --seed 3 --cpu", run=run)

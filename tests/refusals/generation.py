@@ -44,7 +44,7 @@ for argument, bad in dict(
         length=(-1, 1.5, "2", None), temperature=(-1, "hot", float("nan")), top_k=(0, -1, 1.5, "2"),
         top_p=(-0.1, 1.1, "half", float("nan")), min_p=(-0.1, 1.1, "half", float("nan")),
         stop_token=("a", 1.5, -1, 17, [17], ["a"]),
-        pad=("a", 1.5), filter_logits=(3,), generator=(3,)).items():
+        pad=("a", 1.5), filter_logits=(3,), generator=(3,), logits_processor=(3, "ab", [3])).items():
     ROWS += refusals("generate", call, argument, *bad)
     ROWS += refusals("stream", lazily, argument, bad[0])
 
