@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import time
+import tomllib
 import warnings
 from argparse import ArgumentParser
 from pathlib import Path
@@ -440,16 +441,30 @@ def _option(name: str) -> str:
     "How an option is written, whether its words are joined by dashes or by underscores."
     return re.sub(r"^(--)?[\w-]+", lambda m: "--" + m[0].lstrip("-").replace("_", "-"), name)
 
+def _from_file(path: str) -> list[str]:
+    "The options that a TOML file holds, as if they were typed."
+    options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    if nested := [name for name, value in options.items() if isinstance(value, (dict, list))]:
+        raise ValueError(f"{nested[0]} must be a number, a text, true or false")
+    return [_option(f"--{name}") + ("" if value is True else f"={value}")
+            for name, value in options.items() if value is not False]
+
 def _parse(command, words: list[str]) -> dict:
-    "The arguments of a command, from what was typed."
+    "The arguments of a command, from what was typed; that comes before what `--config` names."
+    parser, first = _parser(command), ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
     words = [_option(word) if word.startswith("--") else word for word in words]
-    return vars(_parser(command).parse_args(words))
+    found, words = first.parse_known_args(words)
+    try: more = _from_file(found.config) if found.config else []
+    except (OSError, ValueError) as error: parser.error(f"config: {found.config}: {error}")
+    return vars(parser.parse_args(more + words))
 
 # %% ../nbs/46_cli.ipynb #25a732f1
 def _help() -> str:
     lines = [f"    {name:10} {f.__doc__}" for name, f in COMMANDS.items()]
     return "\n".join(["usage: memformers COMMAND [options]", "", *lines, "",
                       "`memformers COMMAND --help` shows the options of a command,",
+                      "`--config FILE.toml` reads them from a file, such as `steps = 100`,",
                       "`memformers --version` the version of the package."])
 
 def main(

@@ -321,6 +321,25 @@ def test_values_keep_their_dashes_and_underscores():
     assert (found["folder"], found["prompt"], found["stop"]) == ("my_run", "a_b-c --d_e", "_")
 
 
+def test_options_come_from_a_file_and_what_is_typed_wins(tmp_path, capsys):
+    file = tmp_path / "options.toml"
+    file.write_text('steps = 7\nbatch_size = 3\n"min-lr" = 0.5\ncpu = true\ntensorboard = false\n'
+                    'options = "mem_len=8 positions=t5"\nfolder = "--odd name"\n')
+    train = COMMANDS["train"]
+    for words in (["m", "--config", str(file)], [f"--config={file}", "m"]):
+        found = _parse(train, words)
+        assert (found["steps"], found["batch_size"], found["min_lr"]) == (7, 3, .5)
+        assert (found["cpu"], found["tensorboard"]) == (True, False)
+        assert (found["options"], found["folder"]) == ("mem_len=8 positions=t5", "--odd name")
+    assert _parse(train, ["m", "--steps", "9", "--config", str(file)])["steps"] == 9
+    for text, message in (("stepps = 3", "--stepps"), ("steps = ", "config: "), ("steps = 1.5", "steps"),
+                          ("[train]\nsteps = 3", "train must be"), (None, "config: ")):
+        file.unlink(missing_ok=True)
+        if text: file.write_text(text)
+        with pytest.raises(SystemExit) as done: _parse(train, ["m", "--config", str(file)])
+        assert done.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_unknown_options_are_refused(capsys):
     for words in (["--batch-sizes", "3"], ["--batch", "3"], ["--steps", "many"]):
         with pytest.raises(SystemExit) as done: _parse(COMMANDS["train"], ["m", *words])
