@@ -374,7 +374,7 @@ def demo(
 
 # %% ../nbs/46_cli.ipynb #c0mpare2
 def compare(
-    suite: str,             # of runs: cpu, or toy, which takes seconds
+    suite: str,             # of runs: cpu; gpu, which is larger; or toy, which takes seconds
     folder: str = "",       # of the results; default: evidence/SUITE
     jobs: int = 1,          # processes side by side, one for each core
     dry_run: bool = False,  # only say what would be done, and about how long it takes

@@ -13,10 +13,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-from memformers.compare import (MECHANISMS, PARAMETERS, Results, Run, _Alone, _chosen, _do, _path,
-                                _resampled, _runs, _trial, differences, estimate,
-                                load_results, missing, plan, run_suite, suite, table, train_run,
-                                work)
+from memformers.compare import (MECHANISMS, Results, Run, _Alone, _chosen, _do, _path, _resampled,
+                                _trial, differences, estimate, load_results, missing, plan,
+                                run_suite, suite, table, train_run, work)
 from memformers.zoo import MODELS, budget
 
 TOY = suite("toy")
@@ -42,35 +41,40 @@ def done(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("task", ["recall", "text"])
-@pytest.mark.parametrize("kib", [8, 32])
-def test_budgets_are_equal(task, kib):
-    """Parameters within 3 % of each other, bytes within 2 % of the level that is stated."""
-    sizes = {}
-    for name in MECHANISMS:
-        run = _runs(task, name, kib, 1, steps=1, batch_size=1, rates=(1e-3,),
-                    segment=dict(recall=16, text=32)[task])[0]
-        with torch.device("meta"): sizes[name] = budget(MODELS[run.model](**run.options))
-    parameters = [size["parameters"] for size in sizes.values()]
-    assert max(parameters) / min(parameters) < 1.03, sizes
-    for name, size in sizes.items():
-        assert abs(size["memory_bytes"] / (kib * 1024) - 1) < .02, (name, size)
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_budgets_are_equal(name):
+    """On each task parameters within 3 % of each other, bytes within 2 % of the stated level."""
+    parameters = {}
+    for run in {(run.task, run.row): run for run in suite(name)}.values():
+        with torch.device("meta"): size = budget(MODELS[run.model](**run.options))
+        parameters.setdefault(run.task, []).append(size["parameters"])
+        if run.kib: assert abs(size["memory_bytes"] / (run.kib * 1024) - 1) < .02, (run.row, size)
+        else: assert size["memory_bytes"] <= 8   # a control has the count of slots in use alone
+    for found in parameters.values():
+        assert len(found) >= 13 and max(found) / min(found) < 1.03, parameters
 
 
-def test_controls_have_the_same_parameters_and_no_memory():
-    for name in ("No memory", "Whole context"):
-        run = _runs("recall", name, 0, 1, steps=1, batch_size=1, rates=(1e-3,))[0]
-        size = budget(MODELS[run.model](**run.options))
-        assert abs(size["parameters"] / PARAMETERS - 1) < .015
-        assert size["memory_bytes"] <= 8   # the count of slots in use
+@pytest.mark.parametrize("row", ["Whole context", "Compressive, 256 KiB",
+                                 "Gated delta net, 1024 KiB"])
+def test_large_runs_in_small(row):
+    """The suite for one GPU, one update of one episode on the CPU."""
+    run = next(run for run in suite("gpu") if run.row == row and run.lr)
+    found = train_run(replace(run, device="cpu", steps=1, batch_size=1), run.lr)["result"]
+    assert not found["failed"] and 2 < found["loss"] < 12
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
+def test_without_an_accelerator_the_large_suite_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="gpu needs an accelerator"): run_suite("gpu", tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_every_mechanism_has_its_row_in_the_suite():
     runs = suite("cpu")
     assert len({run.id for run in runs}) == len({run.name for run in runs}) == len(runs)
     assert {run.model for run in runs} == set(MODELS)
-    for run in runs:
-        assert run.lr is None or run.seed not in range(3)   # rates are chosen on another seed
+    for run in runs:   # rates are chosen on another seed
+        assert (run.seed in range(3)) == (run.lr is None)
 
 
 def test_the_same_tokens_for_all():
