@@ -433,7 +433,7 @@ def training(found):
         made[name] = {"ms": round(t, 1), "ratio": round(t / ms["plain decoder"], 2)}
         if name in facts:
             made[name] |= {"peak MB": round(peaks[name])} | facts[name]
-    return {"title": f"training step, 4 × {TEXT} tokens, width 256, 4 layers, after a segment before",
+    return {"title": f"training step, 4 × {TEXT} tokens, width 256, 4 layers, after a segment",
             "reference": "plain decoder", "rows": made}
 
 
