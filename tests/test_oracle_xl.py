@@ -87,6 +87,7 @@ OPTIONS = {
     "chosen_layers": dict(memory_layers=[1, 3], clamp_len=3),
     "enhanced": dict(enhanced_recurrence=True, emb_dim=4, tie_embeddings=True),
     "same_length": dict(same_length=True),
+    "window_shorter_than_the_segment": dict(same_length=True, mem_len=2),
     "one_pair_of_biases": dict(shared_biases=True),
     "no_memory": dict(mem_len=0),
     "no_memory_layer": dict(memory_layers=[]),
