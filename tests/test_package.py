@@ -79,7 +79,7 @@ def test_what_is_imported_is_required(settings):
                                  for key in keys for word in shlex.split(settings[key])}
     required = packages("requirements")
     extras = ("cpu_requirements", "hub_requirements", "hf_requirements",
-              "tensorboard_requirements", "fla_requirements")
+              "tensorboard_requirements", "fla_requirements", "tokenizers_requirements")
     optional = required | packages(*extras)
     for path in (ROOT / "memformers").glob("*.py"):
         at_once, later = imported(path)
