@@ -137,8 +137,8 @@ class Corpus:
     num_tokens: int = 256                      # size of the vocabulary
     source: str = ""                           # where the text is from, with its version
     widths: Sequence[np.ndarray] | None = None # (L,) bytes of text that each token stands for
-    tokenizer: "TextTokenizer | None" = None   # that has made the tokens; None: they are bytes,
-                                               # or ids of unknown origin
+    tokenizer: object = None                   # the TextTokenizer that has made the tokens; None:
+                                               # they are bytes, or ids of unknown origin
 
     def __post_init__(self):
         for field, what in (("names", "strings"), ("documents", "texts")):
