@@ -35,8 +35,8 @@ $(READY): constraints.txt settings.ini setup.py
 	@rm $(VENV)/unfinished && echo "$(CURDIR)" > $@
 
 .PHONY: demo
-demo: $(READY) ## train and evaluate a memory transformer on real text (about five minutes)
-	@echo "== Demo: training the small preset, then evaluating it with its memory on and off"
+demo: $(READY) ## what a memory is worth: train a model with and without (about five minutes)
+	@echo "== Demo: training a model with memory and the same model without, on two cores"
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/memformers demo
 
 .PHONY: test

@@ -49,6 +49,7 @@ class RecallTask:
     chance: float    # share of the answers' tokens that guessing gets right, 0 to 1
     fill: Callable = field(default=dots, compare=False)  # (n, rng) -> text of n characters
     avoid: tuple = field(default=(), compare=False)  # texts that the filler may not hold, either
+    times: int = field(default=1, compare=False)  # that it is asked for, `distance` apart
     num_tokens = 256
 
     def __post_init__(self):
@@ -56,6 +57,7 @@ class RecallTask:
             raise TypeError(f"draw, fill: expected functions, got {self.draw!r} and {self.fill!r}")
         if not 0 <= self.chance <= 1:
             raise ValueError(f"chance: expected a share from 0 to 1, got {self.chance}")
+        _at_least("times", self.times, 1)
         if _at_least("distance", self.distance, 0) < self._least():
             raise ValueError(f"distance: expected at least {self._least()}, which the question "
                              f"takes, got {self.distance}")
@@ -67,8 +69,9 @@ class RecallTask:
     ) -> tuple[np.ndarray, np.ndarray]:  # tokens (T,) uint8; answer (T,) bool, True on answers
         "One document, and where its answers are."
         fact, *asked = map(_as_tokens, self.draw(rng))
-        gap = _filler(self.fill, self.distance - len(asked[0]), rng, [*self.avoid, *asked])
-        parts, is_answer = [fact, gap, *asked], [False, False, *[False, True] * (len(asked) // 2)]
+        gap = lambda: _filler(self.fill, self.distance - len(asked[0]), rng, [*self.avoid, *asked])
+        parts = [fact, *(part for _ in range(self.times) for part in (gap(), *asked))]
+        is_answer = [False, *[False, *[False, True] * (len(asked) // 2)] * self.times]
         tokens = np.frombuffer(b"".join(parts), np.uint8)
         return tokens, np.repeat(is_answer, [*map(len, parts)])
 
@@ -187,12 +190,14 @@ def passkey_task(
     digits: int = 5,             # of the key
     lead: int = 48,              # tokens of filler before the key
     fill: Callable = sentences,  # the text about other things, (n, rng) -> n characters
+    times: int = 1,              # that it is asked for, each after `distance` more: for lessons
 ) -> RecallTask:
     "Say the number that was told once in a text about other things."
     settings = dict(digits=_at_least("digits", digits, 1), lead=_at_least("lead", lead, 0))
-    return RecallTask(_named("passkey", fill, sentences, **settings),
+    often = {} if _at_least("times", times, 1) == 1 else dict(times=times)
+    return RecallTask(_named("passkey", fill, sentences, **settings, **often),
                       partial(_draw_passkey, fill=fill, **settings), distance, chance=1 / 10,
-                      fill=fill)
+                      fill=fill, times=times)
 
 # %% ../nbs/03_tasks.ipynb #2b17ddac
 class CorpusFill:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 import memformers
 from memformers import cli, zoo
 from memformers.cli import COMMANDS, _parse, main
+from memformers.data import Corpus
+from memformers.evaluate import evaluate
 from memformers.zoo import PRESETS, budget, create, load_model, models
 
 
@@ -95,19 +98,113 @@ def test_files_of_ids_train_and_evaluate(tmp_path, capsys):
     assert "bits per token" in capsys.readouterr().out
 
 
+DEMO = "demo --folder {folder} --model {model} --steps {steps} --episodes 3 --documents 4 " \
+       "--max-tokens 300 --cpu"
+
+
 @pytest.mark.parametrize("model", ["transformer_xl_tiny", "memorizing_tiny"])
 def test_the_demo_in_small(model, tmp_path, capsys):
     folder = tmp_path / "demo"
-    assert main(words(f"demo --folder {{folder}} --model {model} --steps 3 --documents 4 "
-                      "--max-tokens 300 --cpu", folder=folder)) == 0
+    assert main(words(DEMO, folder=folder, model=model, steps=3)) == 0
     said = capsys.readouterr().out
-    for name in ("loss.png", "sample.txt", "metrics.jsonl", "evaluation/evaluation.json",
-                 "evaluation/evaluation.md", "evaluation/bits_by_position.png"):
+    for name in ("loss.png", "sample.txt", "metrics.jsonl", "recall/recall.md", "recall/recall.png",
+                 "evaluation/evaluation.json", "evaluation/evaluation.md",
+                 "evaluation/bits_by_position.png"):
         assert (folder / name).stat().st_size > 0 and name in said
-    assert (folder / "model" / "config.json").is_file()
-    assert "| on |" in said and "| off |" in said and "| foreign |" in said
-    assert "bits per byte (95 % interval" in said
-    assert ("| knn.off |" in said and "kNN memory alone" in said) == (model == "memorizing_tiny")
+    for place in (folder, folder / "without"): assert (place / "model" / "config.json").is_file()
+    headline, diagnosis = said.split("Diagnosis")
+    assert "by the same model trained without (guessing: 10%)" in headline
+    assert "against the same model trained without\n(95 % interval" in headline
+    assert "| with memory | trained without |" in headline and "| off |" not in headline
+    assert "| on |" in diagnosis and "| off |" in diagnosis and "| foreign |" in diagnosis
+    assert ("| knn.off |" in said) == (model == "memorizing_tiny")
+    with_memory, without = (torch.cat([p.flatten() for p in load_model(f).parameters()])
+                            for f in (folder / "model", folder / "without" / "model"))
+    assert not torch.equal(with_memory, without)
+
+
+def test_the_demo_goes_on_where_it_stopped(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    for steps in (2, 4):
+        assert main(words(DEMO, folder=folder, model="transformer_xl_tiny", steps=steps)) == 0
+        for place in (folder, folder / "without"):
+            lines = (place / "metrics.jsonl").read_text().splitlines()
+            assert json.loads(lines[-1])["step"] == steps and len(lines) == steps // 2
+    assert "Two models of" in capsys.readouterr().out
+
+
+def test_the_second_process_of_the_demo_stops_with_the_first(tmp_path):
+    """Killed, the first one can tell nobody; what the other has learned is saved all the same."""
+    line = words(DEMO, folder=tmp_path / "demo", model="transformer_xl_tiny", steps=10**6)
+    first = subprocess.Popen([sys.executable, "-m", "memformers", *line],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def until(there, seconds=240):
+        end = time.time() + seconds
+        while not there() and time.time() < end: time.sleep(.1)
+        assert there()
+    without = tmp_path / "demo" / "without"
+    until(lambda: (without / "metrics.jsonl").exists()
+          and (without / "metrics.jsonl").stat().st_size > 0)
+    first.kill()
+    first.wait()
+    until(lambda: list(without.glob("checkpoints/step_*")))
+    until(lambda: not (without / "run.lock.json").exists())
+
+
+def test_what_the_second_process_cannot_do_is_said(tmp_path, capfd):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "without").touch()  # a file where its folder should be
+    assert main(words(DEMO, folder=tmp_path / "demo", model="transformer_xl_tiny", steps=1)) == 1
+    said = capfd.readouterr().err
+    assert "memformers demo: without memory: " in said
+    assert "memformers demo: the model without memory was not trained" in said
+
+
+def lessons(rows=slice(0, 8), memory=True, seed=0):
+    corpus = Corpus("c", [f"{i}" for i in range(9)], [f"number {i}, a text ".encode() * 40
+                                                      for i in range(9)])
+    return cli._Lessons(cli._hidden_keys(corpus, 8, (2, 4), lessons=True), corpus, 8, 8, seed, rows,
+                        memory)
+
+
+def test_lessons_are_keys_and_plain_text_side_by_side():
+    read = [next(stream) for stream in [lessons()] * 60]
+    counted = torch.cat([segment.loss_mask for segment in read], 1)
+    real = torch.cat([segment.mask for segment in read], 1)
+    assert torch.equal(counted[6:], real[6:]) and (counted[:6].sum(1) > 0).all()
+    assert (counted[:6].sum(1) < real[:6].sum(1)).all()
+
+
+def test_lessons_without_memory_begin_in_each_segment():
+    for one, other, _ in zip(lessons(), lessons(memory=False), range(20)):
+        assert other.start.all() and torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.loss_mask, other.loss_mask)
+    assert not one.start.all()
+
+
+def test_lessons_go_on_bit_for_bit_and_are_split_over_processes():
+    whole, parts = lessons(), [lessons(slice(0, 3)), lessons(slice(3, 8))]
+    for _ in range(7):
+        segment, *own = map(next, (whole, *parts))
+        assert torch.equal(segment.tokens, torch.cat([part.tokens for part in own]))
+    again = lessons()
+    again.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert all(torch.equal(next(again).labels, next(whole).labels) for _ in range(9))
+    with pytest.raises(ValueError, match="memory=True"):
+        lessons(memory=False).load_state_dict(whole.state_dict())
+
+
+def test_the_headline_is_the_difference_to_the_model_trained_without():
+    """Paired by document: documents differ by more than the models do."""
+    corpus = Corpus("c", [f"{i}" for i in range(20)], [bytes([i, 200 - i] * (10 + i))
+                                                       for i in range(20)])
+    torch.manual_seed(0)
+    one, other = create("transformer_xl_tiny"), create("transformer_xl_tiny")
+    first, second = (evaluate(model, corpus, ("on", "off")) for model in (one, other))
+    gain = cli._difference(first, second)
+    assert gain.value == pytest.approx(second.bits("off") - first.bits("on"))
+    assert gain.low < gain.value < gain.high
+    assert cli._difference(first, first) == first.difference("off")
 
 
 @pytest.mark.parametrize("line, message", [

@@ -139,7 +139,7 @@ train transformer_xl_tiny --corpus texts --folder run --batch-size 2 --steps 2 -
 evaluate run --corpus texts --batch_size 2 --max-tokens 100 --split valid --cpu
 generate run --prompt al --top-k 4 --min_p 0.1 --length 4 --cpu
 models
-demo --model transformer_xl_tiny --folder demo --steps 2 --documents 2 --max-tokens 300 --cpu
+demo --model transformer_xl_tiny --folder demo --steps 2 --episodes 2 --documents 2 --cpu
 """
 
 

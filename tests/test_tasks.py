@@ -142,6 +142,18 @@ def test_what_is_hidden_in_text_stands_there_once(task):
             assert key not in filler and question.strip() not in filler and filler.isascii()
 
 
+def test_a_key_is_asked_for_as_often_as_wanted():
+    task = passkey_task(50, lead=9, fill=FILL, times=3)
+    assert task != passkey_task(50, lead=9, fill=FILL) and task.at(60).length == task.length + 30
+    for tokens, text, answer in texts(task):
+        said = list(re.finditer(r" the key is (\d{5})", text))
+        assert len({match[1] for match in said}) == 1 and len(said) == 4
+        starts = [match.start(1) for match in said]
+        assert np.diff(starts).tolist() == [5 + 1 + 50, 55, 55] and text.endswith(said[-1][1])
+        wanted = [i for start in starts[1:] for i in range(start, start + 5)]
+        assert answer.nonzero()[0].tolist() == wanted
+
+
 @pytest.mark.parametrize("task", FACTS, ids=str)
 def test_stories_say_where_things_are(task):
     supporting, places_asked = int(task.name[17]), set()

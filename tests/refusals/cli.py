@@ -58,6 +58,8 @@ ROWS = [
     *refusals("memformers data", cli.data, "names", ["novels"], [""], match="name"),
     *refusals("memformers demo", demo, "model", "transformer_xxl"),
     *refusals("memformers demo", demo, "steps", 0, -1),
+    *refusals("memformers demo", demo, "episodes", 0, -1, 1.5),
+    *refusals("memformers demo", demo, "seed", -1, 1.5),
     *refusals("memformers demo", demo, "documents", -1),
     *refusals("memformers demo", demo, "max_tokens", -1),
     *refusals("load_model", load_model, "where", "/nowhere", "a/b/c", "", error=OSError,
