@@ -320,11 +320,13 @@ def generate(
 
 # %% ../nbs/46_cli.ipynb #562c2d1c
 class _Lessons:
-    "Rows of episodes, a quarter plain text; without `memory`, each segment begins anew."
-    def __init__(self, tasks, corpus, batch_size, seq_len, seed, rows, memory):
-        first, own = batch_size - batch_size // 4, range(batch_size)[rows]
+    """Rows of episodes, a third plain text, which counts after `keys_only` segments; without
+    `memory`, each segment begins anew."""
+    def __init__(self, tasks, corpus, batch_size, seq_len, seed, rows, memory, keys_only):
+        first, own = batch_size - batch_size // 3, range(batch_size)[rows]
         asked, plain = [r for r in own if r < first], [r - first for r in own if r >= first]
         self.corpus, self.rows, self.memory, self.streams = corpus, own, memory, []
+        self.keys_only, self.asked, self.read = keys_only, len(asked), 0
         if asked: self.streams.append(TaskStream(tasks, first, seq_len, seed, rows=asked))
         if plain: self.streams.append(
             DocumentStream(corpus, batch_size - first, seq_len, seed, rows=plain))
@@ -335,22 +337,26 @@ class _Lessons:
         parts = [next(stream) for stream in self.streams]
         joined = Segment(*[torch.cat([getattr(part, f.name) for part in parts])
                            for f in fields(Segment)])
+        if self.read < self.keys_only: joined.loss_mask[self.asked:] = False
+        self.read += 1
         return joined if self.memory else replace(joined, start=torch.ones_like(joined.start))
 
-    def state_dict(self): return dict(memory=self.memory,
-                                      streams=[stream.state_dict() for stream in self.streams])
+    def state_dict(self):
+        return dict(memory=self.memory, read=self.read,
+                    streams=[stream.state_dict() for stream in self.streams])
 
     def load_state_dict(self, state):
         if state.get("memory") != self.memory:
             raise ValueError(f"state: saved with memory={state.get('memory')}, not {self.memory}")
+        self.read = state["read"]
         for stream, saved in zip(self.streams, state["streams"]): stream.load_state_dict(saved)
 
 # %% ../nbs/46_cli.ipynb #b479e676
-DEMO = dict(batch_size=16, steps=2500, lr=3e-3, warmup=50, betas=(0.9, 0.98), weight_decay=0.01,
+DEMO = dict(batch_size=24, steps=2000, lr=3e-3, warmup=50, betas=(0.9, 0.98), weight_decay=0.01,
             log_every=5, save_every=250)
-DEMO_MODEL = dict(num_tokens=256, dim=96, depth=2, heads=4, seq_len=32, mem_len=256)
+DEMO_MODEL = dict(num_tokens=256, dim=64, depth=2, heads=4, seq_len=32, mem_len=256)
 DEMO_MODES = ("on", "off", "foreign", "knn.off", "knn.foreign")  # where a model has them
-_TAUGHT, _ASKED = (.5, 1.25, 2.5, 5, 7.5), (2, 4, 7)  # distances, in segments
+_TAUGHT, _ASKED = np.arange(.5, 7.5, .25), (2, 4, 7)  # distances, in segments
 
 def _demo_model(model: str) -> MemoryLM:
     "The model of the demo, or a named one, with first weights for its width."
@@ -362,8 +368,8 @@ def _hidden_keys(corpus, seq_len: int, segments, lessons=False) -> list[RecallTa
     "Keys hidden in a corpus at several distances; in lessons asked for again and again."
     fill = CorpusFill(corpus)
     times = lambda n: 1 + int(max(segments) / n) if lessons else 1
-    return [passkey_task(max(12, int(n * seq_len)), lead=32, fill=fill, times=times(n))
-            for n in segments]
+    return [passkey_task(max(12, int(n * seq_len)), digits=1, lead=32, fill=fill,
+                         times=times(n)) for n in segments]
 
 def _train_demo(folder, model, steps, seed, cpu, memory) -> Trainer:
     "Train one of the two models."
@@ -373,7 +379,7 @@ def _train_demo(folder, model, steps, seed, cpu, memory) -> Trainer:
                            cpu=cpu, progress=memory)
     tasks = _hidden_keys(texts, net.seq_len, _TAUGHT, lessons=True)
     make_stream = lambda rows: _Lessons(tasks, texts, options.batch_size, net.seq_len, seed, rows,
-                                        memory)
+                                        memory, keys_only=steps // 2)
     with warnings.catch_warnings():
         # What writes a memory that is never read gets no gradient.
         if not memory: warnings.filterwarnings("ignore", ".* have had no gradient")
@@ -419,7 +425,7 @@ def _difference(result: Evaluation, control: Evaluation) -> Estimate:
     return replace(result, nats=both).difference("without")
 
 def _recall_table(found: dict[str, Recall]) -> str:
-    "Share of the digits that is right, by distance."
+    "Share of the keys that is right, by distance."
     lines = ["| bytes from the key to the question | " + " | ".join(found) + " |", "|--:|--:|--:|"]
     columns = [[*map(Estimate, r.accuracy, *r.interval())] for r in found.values()]
     distances = next(iter(found.values())).distances
@@ -430,9 +436,9 @@ def _verdict(found: dict[str, Recall], gain: Estimate) -> str:
     "What the demo has shown: the difference to the same model trained without memory."
     on, off = (r.accuracy.mean() for r in found.values())
     one = next(iter(found.values()))
-    keys = (f"Of a key told {one.distances[0]} to {one.distances[-1]} bytes ago, {on:.0%} of the "
-            f"digits are right with memory, and {off:.0%} by the same model trained without "
-            f"(guessing: {one.chance:.0%}).")
+    keys = (f"A key told {one.distances[0]} to {one.distances[-1]} bytes ago is said right "
+            f"{on:.0%} of the time with memory, and {off:.0%} by the same model trained without (guessing: "
+            f"{one.chance:.0%}).")
     text = "the memory saves" if gain.low > 0 else "no gain is shown:"
     return (f"{keys}\nOn plain text {text} {gain.value:.3f} bits per byte against the same model "
             f"trained without\n(95 % interval {gain.low:.3f} to {gain.high:.3f}).")

@@ -160,17 +160,18 @@ def test_what_the_second_process_cannot_do_is_said(tmp_path, capfd):
     assert "memformers demo: the model without memory was not trained" in said
 
 
-def lessons(rows=slice(0, 8), memory=True, seed=0):
+def lessons(rows=slice(0, 9), memory=True, keys_only=20):
     corpus = Corpus("c", [f"{i}" for i in range(9)], [f"number {i}, a text ".encode() * 40
                                                       for i in range(9)])
-    return cli._Lessons(cli._hidden_keys(corpus, 8, (2, 4), lessons=True), corpus, 8, 8, seed, rows,
-                        memory)
+    return cli._Lessons(cli._hidden_keys(corpus, 8, (2, 4), lessons=True), corpus, 9, 8, 0, rows,
+                        memory, keys_only)
 
 
 def test_lessons_are_keys_and_plain_text_side_by_side():
-    read = [next(stream) for stream in [lessons()] * 60]
-    counted = torch.cat([segment.loss_mask for segment in read], 1)
-    real = torch.cat([segment.mask for segment in read], 1)
+    read = [next(stream) for stream in [lessons()] * 80]
+    assert not any(segment.loss_mask[6:].any() for segment in read[:20])
+    counted = torch.cat([segment.loss_mask for segment in read[20:]], 1)
+    real = torch.cat([segment.mask for segment in read[20:]], 1)
     assert torch.equal(counted[6:], real[6:]) and (counted[:6].sum(1) > 0).all()
     assert (counted[:6].sum(1) < real[:6].sum(1)).all()
 
@@ -183,13 +184,17 @@ def test_lessons_without_memory_begin_in_each_segment():
 
 
 def test_lessons_go_on_bit_for_bit_and_are_split_over_processes():
-    whole, parts = lessons(), [lessons(slice(0, 3)), lessons(slice(3, 8))]
-    for _ in range(7):
+    whole, parts = lessons(), [lessons(slice(0, 3)), lessons(slice(3, 9))]
+    for _ in range(17):
         segment, *own = map(next, (whole, *parts))
-        assert torch.equal(segment.tokens, torch.cat([part.tokens for part in own]))
+        for field in ("tokens", "loss_mask"):
+            assert torch.equal(getattr(segment, field),
+                               torch.cat([getattr(part, field) for part in own]))
     again = lessons()
     again.load_state_dict(json.loads(json.dumps(whole.state_dict())))
-    assert all(torch.equal(next(again).labels, next(whole).labels) for _ in range(9))
+    for _ in range(9):
+        one, other = next(again), next(whole)
+        assert torch.equal(one.labels, other.labels) and torch.equal(one.loss_mask, other.loss_mask)
     with pytest.raises(ValueError, match="memory=True"):
         lessons(memory=False).load_state_dict(whole.state_dict())
 
