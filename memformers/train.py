@@ -839,7 +839,8 @@ def _for_vocabulary(corpus: Corpus, model) -> Corpus:
     most = max(int(text.max()) for text in corpus) if corpus.num_tokens > num_tokens else 0
     if most < num_tokens:
         # Of an encoded corpus the model takes the tokenizer over, to be saved with it.
-        if getattr(model, "tokenizer", None) is None: model.tokenizer = corpus.tokenizer
+        if isinstance(model, MemoryLM) and model.tokenizer is None:
+            model.tokenizer = corpus.tokenizer
         return corpus
     raise ValueError(f"source has tokens up to {most}, but the model knows num_tokens = "
                      f"{num_tokens}; make it with num_tokens={corpus.num_tokens}")

@@ -473,6 +473,7 @@ def test_load_model_finds_the_class(tmp_path):
 
 def test_characters_come_whole():
     """However many bytes they take; what is no text does not hold the rest up."""
-    show = lambda data: list(cli._characters(iter(torch.tensor(list(data)))))
+    model = create("transformer_xl_tiny")
+    show = lambda data: list(cli._characters(model, [], iter(torch.tensor(list(data)))))
     assert show("aé€😀b".encode()) == ["a", "é", "€", "😀", "b"]
     assert "".join(show(b"\xffabcd")).endswith("abcd") and show("€".encode()[:2]) == ["�"]
