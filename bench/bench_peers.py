@@ -5,7 +5,6 @@ a law does not hold, the table says what was found instead.
 """
 import importlib
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -426,8 +425,7 @@ def training(found):
         facts[name] = {"weights, millions": round(weights / 1e6, 2),
                        "KB carried per row": round(sum(t.nbytes for t in carried) / 4096, 1) or "",
                        "tokens a segment": side.segment}
-    one = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    ms = interleaved(cases, 3, time.process_time if one else time.perf_counter)
+    ms = interleaved(cases, 3)
     made = {}
     for name, t in ms.items():
         made[name] = {"ms": round(t, 1), "ratio": round(t / ms["plain decoder"], 2)}
