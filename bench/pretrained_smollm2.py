@@ -28,7 +28,7 @@ MODEL = Package("SmolLM2-135M-Instruct, 4 bits", "Apache-2.0", "pip", "llm-smoll
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS, SEGMENT, BIN = 2048, 512, 256
 KNN = dict(layers=tuple(range(11, 31)), max_memories=65_536, topk=32)
-UPDATES, RATE, LESSON = 12, 0.1, 1024     # of the gates; tokens of a text
+UPDATES, RATE, LESSON = 24, 0.02, 1024     # of the gates; tokens of a text
 CODE = {"test": ["tarfile"], "train": ["typing", "pickle", "subprocess", "zipfile"]}
 
 
