@@ -439,7 +439,8 @@ def _verdict(found: dict[str, Recall], gain: Estimate) -> str:
     keys = (f"A key told {one.distances[0]} to {one.distances[-1]} bytes ago is said right "
             f"{on:.0%} of the time with memory, and {off:.0%} by the same model trained without "
             f"(guessing: {one.chance:.0%}).")
-    text = "the memory saves" if gain.low > 0 else "no gain is shown:"
+    text = "the memory saves" if gain.low > 0 else \
+        "the memory makes it worse:" if gain.high < 0 else "no gain is shown:"
     return (f"{keys}\nOn plain text {text} {gain.value:.3f} bits per byte against the same model "
             f"trained without\n(95 % interval {gain.low:.3f} to {gain.high:.3f}).")
 
