@@ -320,13 +320,14 @@ def generate(
 
 # %% ../nbs/46_cli.ipynb #562c2d1c
 class _Lessons:
-    """Rows of episodes, a third plain text, which counts after `keys_only` segments; without
-    `memory`, each segment begins anew."""
-    def __init__(self, tasks, corpus, batch_size, seq_len, seed, rows, memory, keys_only):
+    """Rows of episodes and, a third, of plain text, one of which counts; without `memory`, each
+    segment begins anew."""
+    def __init__(self, tasks, corpus, batch_size, seq_len, seed, rows, memory):
         first, own = batch_size - batch_size // 3, range(batch_size)[rows]
         asked, plain = [r for r in own if r < first], [r - first for r in own if r >= first]
         self.corpus, self.rows, self.memory, self.streams = corpus, own, memory, []
-        self.keys_only, self.asked, self.read = keys_only, len(asked), 0
+        self.seed = seed
+        self.kinds, self.read = [slice(len(asked)), slice(len(asked), None)], 0
         if asked: self.streams.append(TaskStream(tasks, first, seq_len, seed, rows=asked))
         if plain: self.streams.append(
             DocumentStream(corpus, batch_size - first, seq_len, seed, rows=plain))
@@ -337,8 +338,9 @@ class _Lessons:
         parts = [next(stream) for stream in self.streams]
         joined = Segment(*[torch.cat([getattr(part, f.name) for part in parts])
                            for f in fields(Segment)])
-        if self.read < self.keys_only: joined.loss_mask[self.asked:] = False
         self.read += 1
+        other = np.random.default_rng([self.seed, self.read]).integers(2)
+        joined.loss_mask[self.kinds[other]] = False
         return joined if self.memory else replace(joined, start=torch.ones_like(joined.start))
 
     def state_dict(self):
@@ -352,11 +354,11 @@ class _Lessons:
         for stream, saved in zip(self.streams, state["streams"]): stream.load_state_dict(saved)
 
 # %% ../nbs/46_cli.ipynb #b479e676
-DEMO = dict(batch_size=24, steps=2000, lr=3e-3, warmup=50, betas=(0.9, 0.98), weight_decay=0.01,
-            log_every=5, save_every=250)
-DEMO_MODEL = dict(num_tokens=256, dim=64, depth=2, heads=4, seq_len=32, mem_len=256)
+DEMO = dict(batch_size=24, steps=4000, lr=3e-3, warmup=50, betas=(0.9, 0.98), weight_decay=0.01,
+            log_every=10, save_every=500)
+DEMO_MODEL = dict(num_tokens=256, dim=64, depth=2, heads=4, seq_len=32, mem_len=128)
 DEMO_MODES = ("on", "off", "foreign", "knn.off", "knn.foreign")  # where a model has them
-_TAUGHT, _ASKED = np.arange(.5, 7.5, .25), (2, 4, 7)  # distances, in segments
+_TAUGHT, _ASKED = np.arange(.5, 4.2, .125), (2, 3, 4)  # distances, in segments
 
 def _demo_model(model: str) -> MemoryLM:
     "The model of the demo, or a named one, with first weights for its width."
@@ -379,7 +381,7 @@ def _train_demo(folder, model, steps, seed, cpu, memory) -> Trainer:
                            cpu=cpu, progress=memory)
     tasks = _hidden_keys(texts, net.seq_len, _TAUGHT, lessons=True)
     make_stream = lambda rows: _Lessons(tasks, texts, options.batch_size, net.seq_len, seed, rows,
-                                        memory, keys_only=steps // 2)
+                                        memory)
     with warnings.catch_warnings():
         # What writes a memory that is never read gets no gradient.
         if not memory: warnings.filterwarnings("ignore", ".* have had no gradient")
