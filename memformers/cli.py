@@ -439,7 +439,7 @@ def _verdict(found: dict[str, Recall], gain: Estimate) -> str:
     on, off = (r.accuracy.mean() for r in found.values())
     one = next(iter(found.values()))
     keys = (f"A key told {one.distances[0]} to {one.distances[-1]} bytes ago is said right "
-            f"{on:.0%} of the time with memory, and {off:.0%} by the same model trained without "
+            f"{on:.0%} of the time with memory,\nand {off:.0%} by the same model trained without "
             f"(guessing: {one.chance:.0%}).")
     text = "the memory saves" if gain.low > 0 else \
         "the memory makes it worse:" if gain.high < 0 else "no gain is shown:"
