@@ -484,12 +484,17 @@ def _circumstances() -> dict:
     "Where and with what a run was made."
     model = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo")
              if line.startswith("model name")]
-    return dict(machine=dict(system=platform.platform(), cores=os.cpu_count(),
+    system = f"{platform.system()} {platform.machine()}"
+    return dict(machine=dict(system=system, cores=os.cpu_count(),
                              processor=(model or [platform.machine()])[0], threads=1),
                 versions=dict(memformers=__version__, code=_code(), torch=torch.__version__,
                               python=platform.python_version(), numpy=np.__version__),
-                command=shlex.join(["memformers", *sys.argv[1:]]),
+                command=_command(sys.argv[1:]),
                 finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+def _command(words: list[str]) -> str:
+    "The command line; in which folder does not matter."
+    return re.sub(r" --folder(=| )('[^']*'|\S+)", "", shlex.join(["memformers", *words]))
 
 @cache
 def _code() -> str:
@@ -790,6 +795,8 @@ def score_figure(
             ax.set_title(column, loc="left", size=9)
             if chance is not None: ax.axvline(chance, color=PALETTE["chance"], ls=":", lw=1.2)
             ax.grid(True, axis="x")
+        limits = [ax.get_xlim() for ax in np.atleast_1d(axes)]
+        for ax in np.atleast_1d(axes): ax.set_xlim(min(limits)[0], max(high for _, high in limits))
     return axes
 
 def _base(row: str) -> str: return row.split(",")[0]

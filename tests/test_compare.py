@@ -13,8 +13,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from memformers.compare import (MECHANISMS, Results, Run, _Alone, _chosen, _do, _path, _resampled,
-                                _trial, differences, estimate, load_results, missing, plan,
+from memformers.compare import (MECHANISMS, Results, Run, _Alone, _chosen, _command, _do, _path,
+                                _resampled, _trial, differences, estimate, load_results, missing, plan,
                                 run_suite, suite, table, train_run, work)
 from memformers.zoo import MODELS, budget
 
@@ -96,8 +96,12 @@ def test_a_lesson_asks_what_it_has_told():
 
 
 def test_alone_resets_the_memory_before_each_segment():
-    segments = [next(_Alone(_trial("recall").stream(2, 16, 0))) for _ in range(3)]
-    assert all(segment.start.all() for segment in segments)
+    stream = lambda: _trial("recall").stream(2, 16, 0)
+    alone, joined = _Alone(stream()), stream()
+    segments = [(next(alone), next(joined)) for _ in range(3)]
+    assert not segments[1][1].start.any(), "an episode has more than one segment"
+    for one, other in segments:
+        assert one.start.all() and torch.equal(one.tokens, other.tokens)
 
 
 def test_a_run_is_known_by_all_that_it_means():
@@ -121,8 +125,16 @@ def test_a_result_says_everything(done):
         assert path.stat().st_size < 20_000
         assert record["run"]["options"] and record["versions"]["torch"] == torch.__version__
         assert record["machine"]["processor"] and record["command"] and record["finished"]
+        assert str(done) not in path.read_text()   # where it was made does not matter
         assert record["result"]["parameters"] and record["measured"]["trained_per_second"] > 0
         assert ("scores" in record["result"]) == (record["run"]["lr"] is None)
+
+
+@pytest.mark.parametrize("words", [
+    ["--folder", "/a/b", "--jobs", "1"], ["--folder=/a/b", "--jobs", "1"],
+    ["--folder", "/a b/c", "--jobs", "1"], ["--jobs", "1", "--folder", "/a"], ["--jobs", "1"]])
+def test_the_command_is_told_without_its_folder(words):
+    assert _command(["compare", "toy", *words]) == "memformers compare toy --jobs 1"
 
 
 def test_the_rate_with_the_lowest_held_out_loss_is_taken(done):

@@ -1,4 +1,5 @@
 "The tree as it is committed: small files, and text but for a few pictures."
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,3 +34,11 @@ def test_benchmarks_leave_nothing_in_the_tree(tracked):
     """Peers write where they run, so `bench.py` gives them a folder of their own."""
     left = [path for path in tracked if {".tmp", "runs"} & set(path.relative_to(ROOT).parts)]
     assert not left
+
+
+def test_results_name_no_folder_of_the_machine_they_come_from(tracked):
+    results = [path for path in tracked if path.suffix == ".json"
+               and {"evidence", "results"} & set(path.relative_to(ROOT).parts)]
+    assert results
+    found = [path.name for path in results if re.search(r'[\s"=\'](/|~/|[A-Z]:\\\\)\w', path.read_text())]
+    assert not found
