@@ -50,7 +50,7 @@ from .neural_memory import NeuralMemoryTransformer
 from .probe import _right
 from .recurrent_memory import RecurrentMemoryTransformer
 from .tasks import (CorpusFill, RecallTask, StateTask, TaskStream,
-                              associative_recall_task, passkey_task, program_task)
+                              associative_recall_task, parity_task, passkey_task)
 from .train import NonFiniteLoss, _sum_nll, learn
 from .transformer_xl import TransformerXL
 from .zoo import MODELS, budget
@@ -155,9 +155,10 @@ def _recall_trial(taught=(2, 4, 8), pairs=(4, 8), distances=(1, 16, 48, 112, 240
     return Trial(tuple(lessons), asked, episodes, num_tokens=vocab)
 
 def _state_trial() -> Trial:
-    "Programs of three variables, up to four times as long as in training."
-    return Trial((program_task(3, 16),), {f"{n} statements": program_task(3, n)
-                                          for n in (16, 32, 64)}, num_tokens=128)
+    "Parity, asked once at the end; lessons of 1 to 24 bits."
+    lessons = [parity_task(n) for n in range(1, 25)]
+    asked = {f"{n} bits": parity_task(n) for n in (4, 16, 64, 128)}
+    return Trial(tuple(lessons), asked, episodes=128, num_tokens=64)
 
 def _passkey_trial() -> Trial:
     "A number of three digits, told once in source text; lessons of 64 predictions."
