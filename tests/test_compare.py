@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from memformers.compare import (MECHANISMS, Results, Run, _Alone, _chosen, _command, _do, _path,
                                 _resampled, _trial, differences, estimate, load_results, missing, plan,
-                                run_suite, suite, table, train_run, work)
+                                run_suite, suite, table, train_run, trained, work)
 from memformers.zoo import MODELS, budget
 
 TOY = suite("toy")
@@ -117,6 +117,14 @@ def test_again_it_is_the_same_to_the_bit(done):
     for run in (TOY[2], TOY[-1]):
         record = json.loads(_path(done, run).read_text())
         assert train_run(run, record["result"]["lr"])["result"] == record["result"]
+
+
+def test_the_model_of_a_run_has_its_scores(done):
+    for run in (TOY[2], TOY[-1]):
+        result = results(done)[_path(done, run).name]
+        model, losses, failed = trained(run, result["lr"])
+        assert failed is None and len(losses) == run.steps
+        assert _trial(run.task).score(model) == result["scores"]
 
 
 def test_a_result_says_everything(done):
