@@ -53,7 +53,7 @@ lab: $(READY) ## open JupyterLab on the tutorials
 .PHONY: docs
 docs: $(READY) README.md ## build the site into _docs, with Quarto if it is found, else pandoc
 	@if command -v quarto >/dev/null; then \
-		echo "== Site: rendering with Quarto"; PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs; \
+		echo "== Site: rendering with Quarto"; PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tools nbdev_docs; \
 	else echo "== Site: rendering with pandoc"; $(BIN)/python tools/make_site.py _docs; fi
 	@echo "The site starts at _docs/index.html"
 

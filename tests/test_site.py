@@ -1,4 +1,5 @@
 "The site: built once by pandoc, its links followed, its pages looked at in a browser."
+import ast
 import functools
 import html
 import http.server
@@ -15,11 +16,13 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from nbdev.process import NBProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import make_readme  # noqa: E402
 import make_site  # noqa: E402
+import site_procs  # noqa: E402
 
 SAMPLE = ["""# Everything `at once`
 
@@ -82,6 +85,7 @@ def notebook(path, markdown, code=()):
 def small(tmp_path, monkeypatch):
     "A project of two pages of its own; returns a function that builds it."
     nbs = tmp_path / "nbs"
+    shutil.copytree(ROOT / "nbs/assets", nbs / "assets")
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     config["website"]["navbar"] = {"left": [{"text": "Home", "href": "index.ipynb"}]}
     config["website"]["sidebar"]["contents"] = [
@@ -122,6 +126,77 @@ def test_no_page_shows_markup_instead_of_what_it_means(site):
         text = re.sub(r"<(pre|code|annotation)\b.*?</\1>|<[^>]*>", "",
                       path.read_text(encoding="utf-8"), flags=re.DOTALL)
         assert not re.search(r":::|\]\(|#\||@fig-|\{[#.]|\$\$", text), path.name
+
+
+def test_every_public_name_is_in_the_index(site):
+    page = (site / "api.html").read_text(encoding="utf-8")
+    links = {(name, href.partition("#")[0])
+             for href, name in re.findall(r'<td><a href="([^"]*)"><code>(\w+)</code></a></td>', page)}
+    modules = [path for path in (ROOT / "memformers").glob("*.py") if not path.stem.startswith("_")]
+    assert len(modules) > 30
+    for path in modules:
+        text = path.read_text(encoding="utf-8")
+        names = re.search(r"^__all__ = (\[.*?\])", text, flags=re.DOTALL | re.MULTILINE)
+        lost = {(name, f"{path.stem}.html") for name in ast.literal_eval(names[1])} - links
+        assert not lost, path.stem
+    memformers = ast.parse((ROOT / "memformers/__init__.py").read_text(encoding="utf-8"))
+    top = [(name.name, f"{node.module}.html") for node in memformers.body
+           if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert top and set(top) <= links
+
+
+def test_source_is_folded_where_the_page_does_not_discuss_it(tmp_path):
+    exported = "#| export{}\ndef {}(): pass".format
+    cells = [("markdown", "# Title"), ("code", "#| default_exp at_all"), ("markdown", "Told."),
+             ("code", exported("s", "told")), ("code", exported("s", "untold")),
+             ("code", exported("s", "_private")), ("code", "import os"), ("code", "os.name")]
+    def folds(name):
+        nb = nbformat.v4.new_notebook(cells=[
+            nbformat.v4.new_markdown_cell(text) if kind == "markdown"
+            else nbformat.v4.new_code_cell(text) for kind, text in cells])
+        path = tmp_path / "nbs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, path)
+        made = NBProcessor(path, procs=[site_procs.fold_code])
+        made.process()
+        found = [re.search(r"code-fold: (\w+)", cell.source) for cell in made.nb.cells[3:]]
+        return [fold and fold[1] for fold in found]
+    assert folds("02_ground.ipynb") == ["show", "true", "true", "true", None]
+    assert folds("20_mechanism.ipynb") == ["show", "show", "true", "true", None]
+    assert folds("howto/page.ipynb") == ["show", "true", "true", None, None]
+
+
+def test_signatures_show_no_links(site):
+    for path in site.rglob("*.html"):
+        code = re.findall(r"<pre class=\"sourceCode python\">.*?</pre>",
+                          path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not [block for block in code if "`](http" in re.sub("<[^>]*>", "", block)], path.name
+
+
+def test_each_page_says_what_a_preview_shows(site):
+    from matplotlib.image import imread
+    pages, descriptions = list(site.rglob("*.html")), set()
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    address = config["website"]["site-url"]
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        head = dict(re.findall(r'<meta (?:name|property)="([^"]*)" content="([^"]*)">', text))
+        descriptions.add(head["description"])
+        assert head["description"] == head["og:description"] and head["og:title"], path
+        assert head["og:url"] in (f"{address}/{path.relative_to(site).as_posix()}", f"{address}/")
+        assert (site / head["og:image"].removeprefix(address + "/")).is_file()
+        icon = re.search(r'<link rel="icon" href="([^"]*)">', text)[1]
+        assert (path.parent / icon).is_file()
+    assert len(descriptions) == len(pages)
+    assert imread(site / config["website"]["image"]).shape[:2] == (630, 1200)
+
+
+def test_what_quarto_is_told_to_use_is_there():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    web, style = config["website"], config["format"]["html"]
+    files = [web["favicon"], web["image"], *style["css"]]
+    for mode in ("light", "dark"): files += [f for f in style["theme"][mode] if f != "default"]
+    assert len(files) == 5 and not [f for f in files if not (ROOT / "nbs" / f).is_file()]
 
 
 def test_quarto_and_settings_agree():
@@ -177,6 +252,8 @@ def test_sample_page_renders_all_that_a_page_can_hold(small):
     ("::: {.callout-note}\nnever closed", "unclosed"),
     ("[`carry`](../index.ipynb)", "nbdev links `carry` by itself"),
     ("$$ x \\tag{1} $$", "write \\qquad (1)"),
+    ("[]{#a} []{#b}\n\n<i id=a></i>", "two things have the id a"),
+    ("## A {#sidebar}", "two things have the id sidebar"),
 ])
 def test_what_is_broken_fails_the_build_by_name(small, tmp_path, text, message):
     notebook(tmp_path / "nbs" / "howto" / "05_sample.ipynb", ["# Sample\n\n> Broken.", text])
@@ -235,14 +312,16 @@ def browser():
 def look(browser):
     "look(folder, width) serves a site and gives a page, its address, and a list of its complaints."
     servers = []
-    def open_site(folder, width=1280):
+    def open_site(folder, width=1280, **options):
         server, address = serve(folder)
         servers.append(server)
-        complaints, page = [], browser.new_page(viewport={"width": width, "height": 800})
+        complaints = []
+        page = browser.new_page(viewport={"width": width, "height": 800}, **options)
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda m: m.type == "error" and complaints.append(m.text))
-        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+        page.on("requestfailed", lambda request: request.failure != "net::ERR_ABORTED"  # by a click
+                and complaints.append(f"failed: {request.url}"))
         page.on("response", lambda r: r.status >= 400 and complaints.append(f"{r.status}: {r.url}"))
         page.on("request", lambda r: r.url.startswith((address, "data:"))
                 or complaints.append(f"leaves the site: {r.url}"))
@@ -251,19 +330,142 @@ def look(browser):
     for server in servers: server.shutdown()
 
 
+LOOK = """() => {
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const ids = all("[id]").map((e) => e.id);
+  return {
+    hidden: all("img").filter((image) => !image.naturalWidth).length,
+    small: all("main figure img").filter((image) =>
+      image.clientWidth < 0.8 * Math.min(image.naturalWidth, 640)).length,
+    wide: document.documentElement.scrollWidth - window.innerWidth,
+    clipped: all("pre").filter((e) => e.scrollWidth > e.clientWidth + 1).length,
+    twice: ids.filter((id, i) => ids.indexOf(id) < i),
+    stuck: all("main p, main table").filter((e) => e.scrollWidth > e.clientWidth + 1
+      && getComputedStyle(e).overflowX !== "auto").length,
+    maths: all("math").length, code: all("pre").length,
+  };
+}"""
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_page_shows_its_pictures_and_fits_the_screen(site, look, width):
+    "Code wraps, tables and formulas scroll by themselves, the letters of a figure keep their size."
     page, address, complaints = look(site, width)
-    maths = 0
+    maths, code = 0, 0
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
         page.goto(address + name)
-        widths = page.eval_on_selector_all("img", "all => all.map(image => image.naturalWidth)")
-        assert all(widths), f"{name}: a picture is not shown"
-        wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-        assert wide <= 0, f"{name} is {wide} px wider than a screen of {width} px"
-        maths += page.locator("math").count()
-    assert maths > 0 and not complaints
+        seen = page.evaluate(LOOK)
+        maths, code = maths + seen.pop("maths"), code + seen.pop("code")
+        assert seen.pop("wide") <= 0, f"{name} is wider than a screen of {width} px"
+        assert not any(seen.values()), (name, seen)
+    assert maths > 0 and code > 1000 and not complaints
+
+
+def test_code_of_100_columns_fits_without_wrapping(site, look):
+    page, address, complaints = look(site, 1280 - 15)  # what a scroll bar leaves
+    page.goto(address + "transformer_xl.html")
+    block = page.locator("div.sourceCode:visible code").first
+    one = block.evaluate("code => (code.textContent = 'm', code.getClientRects()[0].height)")
+    for columns, lines in ((100, 1), (200, 2)):
+        wrapped = block.evaluate("(code, n) => { code.textContent = 'm'.repeat(n); "
+                                 "return code.getBoundingClientRect().height; }", columns)
+        assert round(wrapped / one) == lines
+
+
+CONTRAST = """() => {
+  const parts = (text) => {
+    const numbers = text.match(/[\\d.]+/g).map(Number);
+    return text.startsWith("color(") ? numbers.map((n, i) => (i < 3 ? 255 * n : n)) : numbers;
+  };
+  const light = (rgb) => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) => {
+    const value = rgb[i] / 255;
+    return sum + share * (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  }, 0);
+  const ground = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = parts(getComputedStyle(e).backgroundColor);
+      if ((colour[3] ?? 1) > 0.99) return colour;
+    }
+    return [255, 255, 255];
+  };
+  document.querySelectorAll(".anchor, .copy").forEach((e) => { e.style.opacity = 1; });
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), poor = [];
+  let count = 0;
+  while (texts.nextNode()) {
+    const e = texts.currentNode.parentElement, text = texts.currentNode.data.trim();
+    if (!text || e.closest("script, style") || !e.checkVisibility({ opacityProperty: true })) continue;
+    const style = getComputedStyle(e), a = light(parts(style.color)), b = light(ground(e));
+    const size = parseFloat(style.fontSize), ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+    if (ratio < (large ? 3 : 4.5)) poor.push([e.className, text.slice(0, 30), ratio]);
+    count += 1;
+  }
+  return [count, poor];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_letter_has_contrast(site, look, scheme):
+    "At least 4.5 to 1, and 3 to 1 for large letters: WCAG 2, level AA."
+    page, address, complaints = look(site, color_scheme=scheme)
+    for name in ("index.html", "transformer_xl.html", "api.html", "tutorials/first_memory.html"):
+        page.goto(address + name)
+        count, poor = page.evaluate(CONTRAST)
+        assert count > 100 and not poor, (name, poor[:5])
+    assert not complaints
+
+
+def ground(page):
+    "How light the ground of a page is, from 0 to 255."
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
+
+
+def test_dark_mode_follows_the_system_and_the_button(site, look):
+    for scheme, dark in (("light", False), ("dark", True)):
+        page, address, complaints = look(site, color_scheme=scheme)
+        page.goto(address)
+        assert (ground(page) < 64) == dark
+        picture = page.locator("main img").first.evaluate(
+            "image => getComputedStyle(image).backgroundColor")
+        assert picture == "rgb(255, 255, 255)"  # on which the figures are drawn
+        page.click(".theme")
+        assert (ground(page) < 64) != dark
+        page.goto(address + "memory.html")
+        assert (ground(page) < 64) != dark, "the choice holds for the next page"
+        page.click(".theme")
+        assert (ground(page) < 64) == dark and not complaints
+
+
+def test_formulas_use_the_font_that_comes_with_the_site(site, look):
+    page, address, complaints = look(site)
+    used = set()
+    for name in ("transformer_xl.html", "explanation/notation.html", "memorizing.html"):
+        page.goto(address + name)
+        page.evaluate("document.fonts.ready.then(() => true)")
+        ask = page.context.new_cdp_session(page).send
+        ask("DOM.enable"), ask("CSS.enable")
+        root = ask("DOM.getDocument")["root"]["nodeId"]
+        nodes = ask("DOM.querySelectorAll", {"nodeId": root, "selector": "mi, mo, mn"})["nodeIds"]
+        assert nodes
+        for node in nodes[:60]:
+            fonts = ask("CSS.getPlatformFontsForNode", {"nodeId": node})["fonts"]
+            used |= {(font["familyName"], font["isCustomFont"]) for font in fonts}
+    assert used == {("Memformers Math", True)} and not complaints
+
+
+def test_code_is_copied_as_it_is_written(site, look):
+    page, address, complaints = look(site)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.goto(address + "tutorials/first_memory.html")
+    block = page.locator("div.sourceCode:visible").first
+    block.hover()
+    block.locator(".copy").click()
+    page.wait_for_selector("text=Copied")
+    code = block.locator("code").evaluate("code => code.textContent")
+    assert page.evaluate("navigator.clipboard.readText()") == code
+    assert code.count("\n") > 1 and "\n\n\n" not in code and not complaints
 
 
 def test_one_finds_ones_way(site, look):
@@ -289,6 +491,13 @@ def test_search_finds_a_page(site, look):
     page.wait_for_selector(".results a")
     page.keyboard.press("Enter")
     page.wait_for_url("**/files.html#load_memory")
+    for words, href in (("resume", "howto/resume.html"), ("tokenizer", "howto/own_tokenizer.html"),
+                        ("carry", "memory.html#carry"), ("Transformer-XL", "transformer_xl.html")):
+        page.fill(".search input", words)
+        page.wait_for_function("text => document.querySelector('.results mark')"
+                               "?.textContent.toLowerCase() === text", arg=words.lower())
+        first = page.locator(".results a").first.get_attribute("href")
+        assert first.removeprefix("../").startswith(href), words
     page.fill(".search input", "nosuchword")
     page.wait_for_selector("text=Nothing found.")
     assert not complaints

@@ -36,7 +36,7 @@ class Outline(HTMLParser):
 
     def __init__(self, body):
         super().__init__()
-        self.targets, self.ids, self.sections = [], set(), []
+        self.targets, self.ids, self.twice, self.sections = [], set(), set(), []
         self.heading, self.skip = None, 0
         self.begin("", 1)
         self.feed(body)
@@ -46,7 +46,8 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        if "id" in attributes: self.ids.add(attributes["id"])
+        if "id" in attributes:
+            (self.twice if attributes["id"] in self.ids else self.ids).add(attributes["id"])
         self.targets += [attributes[key] for key in ("href", "src") if attributes.get(key)]
         if re.fullmatch("h[1-6]", tag) and "id" in attributes:
             self.heading = tag
@@ -68,6 +69,10 @@ class Outline(HTMLParser):
         return "<ul>" + "".join(items) + "</ul>" if items else ""
 
 
+FRAME_IDS = {"page-text", "sidebar"}  # of page.html
+GUIDES = ("Tutorials", "How to")  # sections of the sidebar whose pages a search shows first
+
+
 def reading_order(entries):
     "The notebooks of the sidebar, one after the other."
     for entry in entries:
@@ -85,6 +90,9 @@ class Site:
         self.web, self.style = config["website"], config["format"]["html"]
         self.entries = self.web["sidebar"]["contents"]
         self.order = list(reading_order(self.entries))
+        self.guides = {source for entry in self.entries if not isinstance(entry, str)
+                       and entry.get("section") in GUIDES
+                       for source in reading_order(entry["contents"])}
         found = (path.relative_to(self.nbs) for path in self.nbs.rglob("*.ipynb"))
         sources = {path.as_posix() for path in found if not is_hidden(path)}
         if sources != set(self.order):
@@ -104,7 +112,10 @@ class Site:
             self.write_page(page, body)
         self.write_search()
         # A page that failed has no anchors: what leads there is not to blame.
-        self.errors = self.errors or [f"{place} leads nowhere" for place in self.broken_links()]
+        self.errors = self.errors or [
+            *(f"{place} leads nowhere" for place in self.broken_links()),
+            *(f"{page.source}: two things have the id {id}" for page, outline in self.outlines.items()
+              for id in outline.twice | outline.ids & FRAME_IDS)]
         if self.errors: raise SiteError("\n".join(self.errors))
 
     def copy_assets(self):
@@ -113,7 +124,7 @@ class Site:
         for path in self.nbs.rglob("*"):
             relative = path.relative_to(self.nbs)
             if not path.is_file() or is_hidden(relative): continue
-            if path.suffix in (".ipynb", ".yml"): continue
+            if path.suffix in (".ipynb", ".yml", ".scss"): continue
             (self.out / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, self.out / relative)
 
@@ -176,9 +187,16 @@ class Site:
         bar = {side: "".join(self.link(page, entry) for entry in self.web["navbar"].get(side, []))
                for side in ("left", "right")}
         frame = Template((ASSETS / "page.html").read_text(encoding="utf-8"))
+        site, title, address = self.web["title"], page.title, self.web["site-url"]
+        styles = [f'<link rel="stylesheet" href="{page.top}{path}">' for path in self.style["css"]]
         text = frame.substitute(
-            bar, site=html.escape(self.web["title"]), title=html.escape(page.title), top=page.top,
-            description=html.escape(page.description), subtitle=page.subtitle,
+            bar, site=html.escape(site), title=html.escape(title), top=page.top,
+            heading=html.escape(title if title == site else f"{title} – {site}"),
+            url=f"{address}/{page.href.removesuffix('index.html')}",
+            image=f'{address}/{self.web["image"]}', favicon=self.web["favicon"],
+            styles="\n".join(styles),
+            description=html.escape(page.description or self.web["description"]),
+            subtitle=page.subtitle,
             sidebar=self.sidebar(page, self.entries),
             contents=self.outlines[page].contents(self.style["toc-depth"]),
             source=f'{self.web["repo-url"]}/blob/main/{self.web["repo-subdir"]}/{page.source}',
@@ -189,7 +207,7 @@ class Site:
     def write_search(self):
         "The text of the site by section, as a script: so that search works from a folder too."
         index = [[page.href + "#" * bool(s["anchor"]) + s["anchor"], page.title, s["title"],
-                  " ".join(s["text"].split())]
+                  " ".join(s["text"].split()), int(page.source in self.guides)]
                  for page, outline in self.outlines.items() for s in outline.sections]
         text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))
         path = self.out / "search-index.js"

@@ -59,7 +59,9 @@ local function image(el)
 end
 
 local function figure(el)
-  if not el.identifier:match("^fig%-") then return nil end
+  -- The picture in a paragraph of its own, as Quarto has it: that scrolls, the caption does not.
+  el.content = el.content:map(function(b) return b.t == "Plain" and pandoc.Para(b.content) or b end)
+  if not el.identifier:match("^fig%-") then return el end
   labelled = labelled + 1
   number[el.identifier] = labelled
   local caption = el.caption.long

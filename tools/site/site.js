@@ -9,7 +9,16 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// --- search: every word must occur; a hit in a title counts more than one in the text ---
+// --- dark or light: as the system is, until the button says otherwise ---
+document.querySelector(".theme").addEventListener("click", () => {
+  const root = document.documentElement;
+  const now = root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches && "dark");
+  root.dataset.theme = now === "dark" ? "light" : "dark";
+  try { localStorage.theme = root.dataset.theme; } catch { /* then for this page only */ }
+});
+
+// --- search: every word must occur; a hit in a title counts more than one in the text, and
+// tutorials and how-tos count more than the reference, unless it is a name that is searched ---
 const box = document.querySelector(".search input");
 const results = document.querySelector(".results");
 let loading = null;
@@ -23,16 +32,23 @@ function loadIndex() {
   return loading;
 }
 
-function score([href, page, section, text], words) {
-  let sum = 0;
+function score([href, page, section, text, guide], words) {
+  const name = words.join(" ");
+  let sum = 40 * (section.toLowerCase() === name || page.toLowerCase() === name) + 15 * guide;
   for (const word of words) {
     const titles = (page + " " + section).toLowerCase();
-    const hit = (section.toLowerCase() === word) * 20 + titles.includes(word) * 10
-      + Math.min(5, text.toLowerCase().split(word).length - 1);
+    const hit = titles.includes(word) * 10 + Math.min(5, text.toLowerCase().split(word).length - 1);
     if (!hit) return 0;
     sum += hit;
   }
   return sum + (href.includes("#") ? 0 : 1);
+}
+
+// The best sections, at most three of a page.
+function best(found) {
+  const seen = {};
+  found.sort((a, b) => b[0] - a[0]);
+  return found.filter(([, [, page]]) => (seen[page] = (seen[page] ?? 0) + 1) <= 3).slice(0, 12);
 }
 
 function excerpt(text, words) {
@@ -51,8 +67,7 @@ async function search() {
   if (results.hidden) return;
   const index = await loadIndex();
   const found = index.map((entry) => [score(entry, words), entry]).filter(([s]) => s > 0);
-  found.sort((a, b) => b[0] - a[0]);
-  const items = found.slice(0, 12).map(([, entry]) => {
+  const items = best(found).map(([, entry]) => {
     const [href, page, section, text] = entry;
     const name = section && section !== page ? [element("b", {}, section), " · " + page]
       : [element("b", {}, page)];
@@ -137,7 +152,7 @@ for (const tabset of document.querySelectorAll(".tabset")) {
 for (const block of document.querySelectorAll("div.sourceCode")) {
   const button = element("button", { class: "copy", type: "button" }, "Copy");
   button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(block.querySelector("code").innerText);
+    await navigator.clipboard.writeText(block.querySelector("code").textContent);
     button.textContent = "Copied";
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   });
