@@ -221,10 +221,31 @@ def test_readme_is_in_step_with_index(tmp_path, monkeypatch):
         assert (ROOT / path).read_bytes() == content, f"{path} is old: run `make export`"
 
 
-def test_readme_links_lead_somewhere():
+def test_readme_links_lead_to_the_site(site):
+    "A package index shows README.md too, so no link or picture in it is relative."
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = [t for t in re.findall(r"\]\(([^)]+)\)", text) if not re.match("[a-z]+:", t)]
-    assert targets and not [t for t in targets if not (ROOT / t).exists()]
+    web = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    pages = [t.removeprefix(web["site-url"] + "/") for t in targets if t.startswith(web["site-url"])]
+    others = [t for t in targets if not t.startswith((web["site-url"], web["repo-url"]))]
+    assert len(pages) > 20 and any(page.startswith("images/") for page in pages) and not others
+    for page in pages:
+        path, _, anchor = page.partition("#")
+        assert (site / path).is_file(), page
+        assert not anchor or f'id="{anchor}"' in (site / path).read_text(encoding="utf-8"), page
+
+
+def test_the_example_of_readme_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = next(c for c in re.findall(r"``` python\n(.*?)```", text, re.DOTALL) if "my_texts" in c)
+    assert len(code.splitlines()) <= 16 and "steps=1000" in code and ", 200)" in code
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_texts").mkdir()
+    for i in range(12): (tmp_path / f"my_texts/{i}.txt").write_text(f"Text {i} says {i}. " * 60)
+    exec(code.replace("steps=1000", "steps=2, log_every=1").replace(", 200)", ", 5)"), names := {})
+    assert "memory" in capsys.readouterr().out.lower()
+    assert (tmp_path / "my_model/model.safetensors").is_file()
+    assert (tmp_path / "runs/mine/model").is_dir() and type(names["model"]).__name__ == "GatedDeltaNet"
 
 
 def test_sample_page_renders_all_that_a_page_can_hold(small):

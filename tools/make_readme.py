@@ -4,14 +4,25 @@ import re
 import sys
 from pathlib import Path
 
+import yaml
+from nbdev.frontmatter import _nbpath2html
 from pages import Page, SiteError, pandoc, save_to, to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+SITE = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["site-url"]
+
+
 def plain_picture(path, options, size):
     "A figure that any markdown shows: the caption stands below."
+    path = f"{SITE}/{path.removeprefix('nbs/')}"
     return f'![{options.get("fig-alt", "")}]({path})\n\n*{options.get("fig-cap", "")}*'
+
+
+def on_site(link):
+    "A link to a notebook as one to its page on the site: README.md is shown elsewhere too."
+    return f"]({SITE}/{_nbpath2html(Path(link[1])).as_posix()}"
 
 
 def readme(folder):
@@ -22,7 +33,7 @@ def readme(folder):
     body = pandoc(markdown, "--from=markdown-smart-implicit_figures", "--to=gfm")
     body = body.replace("``` output", "```")
     body = re.sub(r"\[(`[^`]+`)\]\(https?:[^)]*\)", r"\1", body)  # nbdev's links into the site
-    body = re.sub(r"\]\(([\w/-]+\.ipynb)", r"](nbs/\1", body)  # README.md stands one folder higher
+    body = re.sub(r"\]\(([\w/-]+\.ipynb)", on_site, body)
     note = "<!-- Made from nbs/index.ipynb by `make export`. Edit the notebook. -->"
     text = f"{note}\n\n# {page.title}\n\n> {page.description}\n\n{body}"
     (folder / "README.md").write_text(text, encoding="utf-8")
