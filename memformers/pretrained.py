@@ -179,7 +179,7 @@ class MemoryCache:
         return self.layers[0].get_seq_length()
 
     def get_seq_length(self, layer_idx: int = 0) -> int: return self.past + self.length
-    def get_query_offset(self, layer_idx: int = 0) -> int: return self.length
+    def get_query_offset(self, layer_idx: int = 0) -> int: return self.layers[0].get_seq_length()
 
     def carry(self):
         "End the segment: the memory takes its keys and values, and the cache is empty."
@@ -300,7 +300,7 @@ class MemoryModel:
 
     def memory_parameters(self) -> dict:
         "The new weights, by name."
-        return {name: p for name, p in self.named_parameters() if ".reader." in name}
+        return {name: p for name, p in self.named_parameters() if _is_new(name)}
 
 # %% ../nbs/43_pretrained.ipynb #457f706d
 def _parts(cache, n, segment):
@@ -424,6 +424,10 @@ def _prepare_cache_for_generation(self: MemoryModel, generation_config, model_kw
 _ATTENTION = {"llama": "self_attn", "qwen3": "self_attn", "gpt2": "attn", "gpt_neox": "attention"}
 _READERS = {"knn": KNNReader, "infini": InfiniReader}
 
+def _is_new(name):
+    "Is it the name of a weight that `add_memory` added?"
+    return "reader" in name.split(".")
+
 def _kind(model):
     "Which memory a model has, and its settings."
     return next((name, model.memory_setup[name]) for name in _READERS if name in model.memory_setup)
@@ -441,15 +445,15 @@ def _attention_layers(model):
     return [m for path, m in model.get_decoder().named_modules() if path.endswith(name)]
 
 @cache
-def _cache_class():
+def _cache_class(kind=MemoryCache):
     "`MemoryCache` as a cache of transformers."
     from transformers import DynamicCache
-    return type("MemoryCache", (MemoryCache, DynamicCache), {})
+    return type(kind.__name__, (kind, DynamicCache), {})
 
 @cache
-def _model_class(base):
+def _model_class(base, kind=MemoryModel):
     "A class of transformers' models with `MemoryModel`. Its name stays, as configurations hold it."
-    return type(base.__name__, (MemoryModel, base), {"__module__": __name__})
+    return type(base.__name__, (kind, base), {"__module__": __name__})
 
 # %% ../nbs/43_pretrained.ipynb #79042113
 def _base(config):
@@ -458,7 +462,6 @@ def _base(config):
 
 def _check_model(model, segment):
     "Refuse a model that can't be given a memory, and name what is missing."
-    if isinstance(model, MemoryModel): raise ValueError("model has a memory already")
     config, known = getattr(model, "config", None), ", ".join(_ATTENTION)
     if getattr(config, "model_type", None) not in _ATTENTION or not hasattr(model, "generate"):
         raise ValueError(f"model must be a causal language model of one of the families {known}; "
@@ -496,13 +499,20 @@ def add_memory(
     knn: dict | None = None,    # a store: layers (from 1), max_memories, topk, gate, distance
     segment: int = 512,         # tokens that are read together, with ordinary attention
     infini: dict | None = None, # or a matrix for each head: layers, delta, gate
+    recurrent: dict | None = None, # or memory tokens: num_memory_tokens, grad_segments
 ):                              # the same model, of a class that is also a `MemoryModel`
     "Give a pretrained model a memory. All its weights stay as they are; a few are added."
+    if isinstance(model, MemoryModel): raise ValueError("model has a memory already")
+    kinds = dict(knn=knn, infini=infini, recurrent=recurrent)
+    name, *more = [name for name, given in kinds.items() if given is not None] or [None]
+    if name is None or more:
+        raise ValueError("knn, infini or recurrent must be given, and one of them only: a model "
+                         "has one memory")
+    if name == "recurrent":   # it has a page and a module of its own
+        from memformers.pretrained_recurrent import _add_tokens
+        return _add_tokens(model, recurrent, segment)
     _check_model(model, segment)
-    if (knn is None) == (infini is None):
-        raise ValueError("knn or infini must be given, and not both: a model has one memory")
-    name, given = ("knn", knn) if infini is None else ("infini", infini)
-    setup = _settings(name, given, model.config.num_hidden_layers, segment)
+    setup = _settings(name, kinds[name], model.config.num_hidden_layers, segment)
     attention, heads = _attention_layers(model), _sizes(model)[0]
     away = partial(_away, model.get_decoder(), setup.get("distance", 0))
     for j, i in enumerate(setup["layers"]):
@@ -538,7 +548,7 @@ def save_pretrained(
     "Save the model as transformers does, and beside it the new weights in a file of their own."
     if base: super(MemoryModel, self).save_pretrained(save_directory, *args, **kwargs)
     state, folder = kwargs.get("state_dict") or self.state_dict(), Path(save_directory)
-    new = {k: t.detach().cpu().contiguous() for k, t in state.items() if ".reader." in k}
+    new = {k: t.detach().cpu().contiguous() for k, t in state.items() if _is_new(k)}
     with atomic_write(folder / _WEIGHTS) as draft: save_file(new, draft)
     setup = {k: v for k, v in self.memory_setup.items() if k != "on"}
     with atomic_write(folder / _SETUP) as draft: draft.write_text(json.dumps(setup, indent=1))

@@ -19,8 +19,10 @@ MECHANISM = {"memory", "model", "attention", "positions", "gates"}
 # A mechanism that stands on a part of its own.
 ALSO = {"memorizing": {"knn"}, "feedback": {"fixed_point"}, "infini": {"delta_rule"},
         "gated_delta": {"delta_rule"}}
-ASSEMBLY = ("zoo", "wrapper", "knn_memory", "pretrained", "probe", "compare", "cli", "sharded_knn")
-LAZY = {"memorizing": {"knn_memory"}}     # inside a documented call that makes such an object
+ASSEMBLY = ("zoo", "wrapper", "knn_memory", "pretrained", "probe", "compare", "cli", "sharded_knn",
+            "pretrained_recurrent")
+# Inside a documented call that makes such an object.
+LAZY = {"memorizing": {"knn_memory"}, "pretrained": {"pretrained_recurrent"}}
 
 
 def notebooks():

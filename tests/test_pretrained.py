@@ -27,7 +27,9 @@ FAMILIES = {
         **SIZES, rope_parameters=dict(rope_type="default", rope_theta=1e4,
                                       partial_rotary_factor=0.7))}
 SEGMENT, KNN = 7, dict(layers=(2, 3), max_memories=1000, topk=4)
-EVERY = [*FAMILIES, "llama/infini", "qwen3/infini/segment", "gpt2/infini/token"]
+TOKENS = dict(num_memory_tokens=3)
+EVERY = [*FAMILIES, "llama/infini", "qwen3/infini/segment", "gpt2/infini/token",
+         *(f"{family}/recurrent" for family in FAMILIES)]
 each = pytest.mark.parametrize("family", EVERY)
 each_store = pytest.mark.parametrize("family", FAMILIES)
 
@@ -42,14 +44,21 @@ def base_model(family, dtype=torch.float64, **options):
 
 
 def make(family, segment=SEGMENT, **options):
-    "A model with a memory: FAMILY, or FAMILY/infini/DELTA."
+    "A model with a memory: FAMILY, FAMILY/infini/DELTA or FAMILY/recurrent."
     family, _, kind = family.partition("/")
     memory = dict(knn=KNN | options)
     if kind: memory = dict(infini=dict(layers=(2, 3), delta=kind.partition("/")[2] or None))
+    if kind == "recurrent": memory = dict(recurrent=TOKENS | options)
     model = add_memory(base_model(family), segment=segment, **memory)
     torch.manual_seed(1)
     for p in model.memory_parameters().values(): p.data.normal_()
     return model
+
+
+def count(family, memory):
+    "How much was read into each row of a memory."
+    if family.endswith("recurrent"): return memory.fill
+    return memory.tokens if "/" in family else memory.written[:, 0]
 
 
 def text(rows=2, n=25, seed=0):
@@ -295,8 +304,8 @@ def test_padding_on_the_left(family):
         out = model(torch.cat(parts), attention_mask=mask, position_ids=positions, cache=cache)
         cache.carry()
         last.append(out.logits)
-    read = cache.memory.tokens if "/" in family else cache.memory.written[:, 0]
-    assert read.tolist() == [21, 12]
+    want = [3, 3] if family.endswith("recurrent") else [21, 12]
+    assert count(family, cache.memory).tolist() == want
     for i, n in enumerate((7, 4)):
         alone = model.init_cache(1)
         for seed in range(3):
@@ -361,7 +370,7 @@ def test_rows_of_an_open_segment(family):
     with pytest.raises(ValueError, match="forgets no token"): cache.crop(-9)
     cache.reset()
     assert not cache.get_seq_length()
-    assert not (cache.memory.tokens if "/" in family else cache.memory.written).any()
+    assert not count(family, cache.memory).any()
 
 
 # generation
@@ -503,7 +512,8 @@ def test_save_and_load(family, tmp_path):
     model.save_pretrained(tmp_path / "new", base=False)
     files = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert files == ["memory.json", "memory.safetensors"]
-    assert sum(path.stat().st_size for path in (tmp_path / "new").iterdir()) < 2000
+    sizes = [path.stat().st_size for path in (tmp_path / "new").iterdir()]
+    assert sum(sizes) < 1500 + 8 * sum(p.numel() for p in model.memory_parameters().values())
     close(from_pretrained(tmp_path / "new", base_model(family.partition("/")[0]))(x).logits, want)
 
 

@@ -34,6 +34,21 @@ def opt():
                                     word_embed_proj_dim=8))
 
 
+def bloom():
+    from transformers import BloomConfig, BloomForCausalLM
+    return BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2))
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+    return T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1,
+                                               num_heads=2))
+
+
+def recurrent(**changed): return add_memory(llama(), recurrent=dict(num_memory_tokens=2) | changed,
+                                            segment=4)
+
+
 def knn(**changed): return add_memory(llama(), knn=dict(layers=(1,)) | changed, segment=4)
 
 
@@ -98,9 +113,9 @@ ROWS = [
     *refusals("add_memory knn", knn, "distance", 0, -1, 1.5, "8", True),
     *refusals("add_memory knn", knn, "gate", "0", None, float("nan"), float("inf")),
     Refusal("add_memory, no memory", lambda: add_memory(llama(), segment=4), ValueError,
-            "knn or infini must be given"),
+            "knn, infini or recurrent must be given"),
     Refusal("add_memory, two memories", lambda: add_memory(llama(), knn={}, infini={}, segment=4),
-            ValueError, "knn or infini must be given"),
+            ValueError, "knn, infini or recurrent must be given"),
     *refusals("add_memory infini", lambda **a: add_memory(llama(), infini=a, segment=4), "delta",
               "row", 1, True),
     *refusals("add_memory infini", lambda **a: add_memory(llama(), infini=a, segment=4), "gate",
@@ -109,6 +124,31 @@ ROWS = [
               1, (0,), (3,)),
     Refusal("add_memory infini, a setting of knn", lambda: add_memory(
         llama(), infini=dict(topk=3), segment=4), TypeError, "infini has no setting 'topk'"),
+    Refusal("add_memory, two memories with tokens", lambda: add_memory(
+        llama(), infini={}, recurrent={}, segment=4), ValueError, "one of them only"),
+    *refusals("add_memory", lambda recurrent: add_memory(llama(), recurrent=recurrent, segment=4),
+              "recurrent", 3, [1], "num_memory_tokens"),
+    Refusal("add_memory recurrent, an unknown setting", lambda: recurrent(layers=(1,)), TypeError,
+            "recurrent has no setting 'layers'; it has num_memory_tokens"),
+    *refusals("add_memory recurrent", recurrent, "num_memory_tokens", *SIZE),
+    *refusals("add_memory recurrent", recurrent, "grad_segments", 0, -1, 1.5, "8", True),
+    *refusals("add_memory recurrent", lambda segment: add_memory(llama(), recurrent=dict(
+        num_memory_tokens=2), segment=segment), "segment", *SIZE, 13),
+    Refusal("add_memory recurrent to no model", lambda: add_memory(torch.nn.Linear(2, 2), recurrent={}),
+            ValueError, "model must be a causal language model.*Linear"),
+    Refusal("add_memory recurrent to None", lambda: add_memory(None, recurrent={}), ValueError,
+            "model.*NoneType"),
+    Refusal("add_memory recurrent to a decoder without a head", lambda: add_memory(
+        llama().model, recurrent={}), ValueError, "causal language model.*LlamaModel"),
+    Refusal("add_memory recurrent twice", lambda: add_memory(recurrent(), recurrent={}), ValueError,
+            "model has a memory already"),
+    Refusal("add_memory recurrent without positions", lambda: add_memory(bloom(), recurrent={}),
+            ValueError, "model must take position_ids.*BloomForCausalLM"),
+    Refusal("add_memory recurrent to an encoder", lambda: add_memory(t5(), recurrent={}), ValueError,
+            "causal language model.*T5"),
+    Refusal("add_memory recurrent to sliding windows", lambda: add_memory(
+        qwen3(use_sliding_window=True, sliding_window=4, max_window_layers=0), recurrent={}),
+        ValueError, "full attention"),
     *refusals("init_memory of pretrained", lambda batch_size: model().init_memory(batch_size),
               "batch_size", *SIZE),
     Refusal("init_cache of pretrained, rows", lambda: model().init_cache(2, model().init_memory(3)),
