@@ -107,8 +107,9 @@ def _run_tokens(self: RecurrentModel, cache):
     "Outputs at the memory tokens (b, R, dim), which come after all that the cache holds."
     tokens = self.reader.tokens(cache.memory)
     mask, positions = _place(cache, tokens.shape[1])
-    return self.get_decoder()(inputs_embeds=tokens, attention_mask=mask, cache=cache, use_cache=True,
-                              position_ids=positions.to(tokens.device)).last_hidden_state
+    out = self.get_decoder()(inputs_embeds=tokens, attention_mask=mask, cache=cache,
+                             position_ids=positions.to(tokens.device), use_cache=True)
+    return out.last_hidden_state
 
 @patch
 def _open(self: RecurrentModel, cache):
@@ -155,8 +156,9 @@ def _check_any_model(model):
     if not hasattr(model, "generate") or config is None or config.is_encoder_decoder:
         raise ValueError(f"model must be a causal language model of transformers; got a {name}")
     missing = sorted(_NEEDS - inspect.signature(type(model).forward).parameters.keys())
-    if missing: raise ValueError(f"model must take {', '.join(missing)} in its forward; {name} does "
-                                 "not, so memory tokens can't be put around a segment")
+    if missing:
+        raise ValueError(f"model must take {', '.join(missing)} in its forward; {name} does not, so "
+                         "memory tokens can't be put around a segment")
     layers = {type(layer).__name__ for layer in _cache_class(RecurrentCache)(config=config).layers}
     if config.get_text_config(decoder=True) is not config or layers != {"DynamicLayer"}:
         raise ValueError("model must be a language model of text alone with full attention in all "
@@ -175,8 +177,8 @@ def _token_settings(given, segment, positions):
     check_sizes(1, segment=segment, num_memory_tokens=setup["num_memory_tokens"])
     if setup["grad_segments"] is not None: check_sizes(1, grad_segments=setup["grad_segments"])
     if (total := segment + 2 * setup["num_memory_tokens"]) > positions:
-        raise ValueError(f"segment with the memory tokens on both sides must be at most {positions}, "
-                         f"the positions that the model has; got {total}")
+        raise ValueError("segment with the memory tokens on both sides must be at most "
+                         f"{positions}, the positions that the model has; got {total}")
     return setup
 
 def _add_tokens(model, given, segment):
