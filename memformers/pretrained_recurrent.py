@@ -157,8 +157,8 @@ def _check_any_model(model):
         raise ValueError(f"model must be a causal language model of transformers; got a {name}")
     missing = sorted(_NEEDS - inspect.signature(type(model).forward).parameters.keys())
     if missing:
-        raise ValueError(f"model must take {', '.join(missing)} in its forward; {name} does not, so "
-                         "memory tokens can't be put around a segment")
+        raise ValueError(f"model must take {', '.join(missing)} in its forward; {name} does not, "
+                         "so memory tokens can't be put around a segment")
     layers = {type(layer).__name__ for layer in _cache_class(RecurrentCache)(config=config).layers}
     if config.get_text_config(decoder=True) is not config or layers != {"DynamicLayer"}:
         raise ValueError("model must be a language model of text alone with full attention in all "
