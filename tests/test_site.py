@@ -241,7 +241,7 @@ def test_the_example_of_readme_runs(tmp_path, monkeypatch, capsys):
     assert len(code.splitlines()) <= 16 and "steps=1000" in code and ", 200)" in code
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_texts").mkdir()
-    for i in range(12): (tmp_path / f"my_texts/{i}.txt").write_text(f"Text {i} says {i}. " * 60)
+    for i in range(40): (tmp_path / f"my_texts/{i}.txt").write_text(f"Text {i} says {i}. " * 60)
     exec(code.replace("steps=1000", "steps=2, log_every=1").replace(", 200)", ", 5)"), names := {})
     assert "memory" in capsys.readouterr().out.lower()
     assert (tmp_path / "my_model/model.safetensors").is_file()
