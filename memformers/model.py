@@ -72,8 +72,20 @@ def as_ids(tokens: Tensor) -> Tensor:
     "Ids in a dtype that an embedding reads; bytes and other small integers become int64."
     return tokens if tokens.dtype in (torch.int64, torch.int32) else tokens.long()
 
+# %% ../nbs/16_model.ipynb #d5b3f6a2
+def _check_shards(model):
+    "Refuse weights that FSDP2 has cut and has not put together again."
+    if hasattr(model.embedding.weight, "device_mesh"):
+        raise ValueError("model is sharded by FSDP2, which does not know of `step` yet: say "
+                         "torch.distributed.fsdp.register_fsdp_forward_method(model, 'step')")
+    if any(hasattr(layer, "reshard") for layer in getattr(model, "layers", ())):
+        raise ValueError("layers must not be sharded one by one: a memory is read with their "
+                         "weights outside their forward. Shard the FeedForward modules instead, "
+                         "and then the model")
+
 def check_step(model, tokens, memory, mask):
     "Refuse what a step cannot read, with the reason."
+    if not torch.compiler.is_compiling(): _check_shards(model)
     check_tokens(tokens, model.num_tokens, mask)
     if tokens.shape[1] > model.seq_len:
         raise ValueError(f"tokens must be (b, n) with 1 to seq_len = {model.seq_len} tokens; got "

@@ -546,9 +546,10 @@ def save_pretrained(
     **kwargs,
 ):
     "Save the model as transformers does, and beside it the new weights in a file of their own."
-    if base: super(MemoryModel, self).save_pretrained(save_directory, *args, **kwargs)
     state, folder = kwargs.get("state_dict") or self.state_dict(), Path(save_directory)
     new = {k: t.detach().cpu().contiguous() for k, t in state.items() if _is_new(k)}
+    # transformers empties a `state_dict` that it is given.
+    if base: super(MemoryModel, self).save_pretrained(save_directory, *args, **kwargs)
     with atomic_write(folder / _WEIGHTS) as draft: save_file(new, draft)
     setup = {k: v for k, v in self.memory_setup.items() if k != "on"}
     with atomic_write(folder / _SETUP) as draft: draft.write_text(json.dumps(setup, indent=1))

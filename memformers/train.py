@@ -534,6 +534,10 @@ def _accelerator(folder, options):
     if launched != accelerator.num_processes:
         raise ValueError(f"{launched} processes were launched, but Accelerate finds no devices for "
                          "them; without any, give cpu=True")
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError("Accelerate must not be configured to shard the weights of a model, as "
+                         f"{accelerator.distributed_type.value} does: `train` shares the rows "
+                         "among processes. To shard, write the loop with fully_shard of torch")
     return accelerator
 
 def _own_rows(accelerator, options) -> slice:
