@@ -40,6 +40,7 @@ setup(
         "Intended Audience :: " + cfg["audience"],
         "Natural Language :: " + cfg["language"],
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: {version}" for version in cfg["pythons"].split()),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["memformers", "memformers.*"]),

@@ -103,7 +103,22 @@ def test_sdist_holds_what_a_reader_looks_for(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"settings.ini", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt",
-            "memformers/__init__.py"} <= names
+            "CITATION.cff", "memformers/__init__.py"} <= names
+
+
+def test_the_same_facts_everywhere(built, settings):
+    "The version and the addresses of the citation; the Pythons that are said to work are tested."
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {settings['version']}\n" in citation
+    assert f"\nrepository-code: {settings['git_url']}\n" in citation
+    assert f"\nurl: {settings['doc_host']}{settings['doc_baseurl']}\n" in citation
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
+        metadata = wheel.read(name).decode()
+    said = re.findall(r"^Classifier: Programming Language :: Python :: (3\.\d+)$", metadata, re.M)
+    assert said == settings["pythons"].split() and said[0] == settings["min_python"]
+    tests = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    assert "python: [" + ", ".join(f'"{version}"' for version in said) + "]" in tests
 
 
 def test_wheel_imports_from_another_folder(installed, settings, tmp_path):
