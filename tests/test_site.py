@@ -130,8 +130,8 @@ def test_no_page_shows_markup_instead_of_what_it_means(site):
 
 def test_every_public_name_is_in_the_index(site):
     page = (site / "api.html").read_text(encoding="utf-8")
-    links = {(name, href.partition("#")[0])
-             for href, name in re.findall(r'<td><a href="([^"]*)"><code>(\w+)</code></a></td>', page)}
+    found = re.findall(r'<td><a href="([^"]*)"><code>(\w+)</code></a></td>', page)
+    links = {(name, href.partition("#")[0]) for href, name in found}
     modules = [path for path in (ROOT / "memformers").glob("*.py") if not path.stem.startswith("_")]
     assert len(modules) > 30
     for path in modules:
@@ -225,9 +225,9 @@ def test_readme_links_lead_to_the_site(site):
     "A package index shows README.md too, so no link or picture in it is relative."
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     web = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]
-    targets = re.findall(r"\]\(([^)\s]+)\)", text)
-    pages = [t.removeprefix(web["site-url"] + "/") for t in targets if t.startswith(web["site-url"])]
-    others = [t for t in targets if not t.startswith((web["site-url"], web["repo-url"]))]
+    targets, home = re.findall(r"\]\(([^)\s]+)\)", text), web["site-url"] + "/"
+    pages = [target.removeprefix(home) for target in targets if target.startswith(home)]
+    others = [target for target in targets if not target.startswith((home, web["repo-url"]))]
     assert len(pages) > 20 and any(page.startswith("images/") for page in pages) and not others
     for page in pages:
         path, _, anchor = page.partition("#")
@@ -245,7 +245,8 @@ def test_the_example_of_readme_runs(tmp_path, monkeypatch, capsys):
     exec(code.replace("steps=1000", "steps=2, log_every=1").replace(", 200)", ", 5)"), names := {})
     assert "memory" in capsys.readouterr().out.lower()
     assert (tmp_path / "my_model/model.safetensors").is_file()
-    assert (tmp_path / "runs/mine/model").is_dir() and type(names["model"]).__name__ == "GatedDeltaNet"
+    assert (tmp_path / "runs/mine/model").is_dir()
+    assert type(names["model"]).__name__ == "GatedDeltaNet"
 
 
 def test_sample_page_renders_all_that_a_page_can_hold(small):
@@ -415,9 +416,11 @@ CONTRAST = """() => {
   let count = 0;
   while (texts.nextNode()) {
     const e = texts.currentNode.parentElement, text = texts.currentNode.data.trim();
-    if (!text || e.closest("script, style") || !e.checkVisibility({ opacityProperty: true })) continue;
+    if (!text || e.closest("script, style")) continue;
+    if (!e.checkVisibility({ opacityProperty: true })) continue;
     const style = getComputedStyle(e), a = light(parts(style.color)), b = light(ground(e));
-    const size = parseFloat(style.fontSize), ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const size = parseFloat(style.fontSize);
     const large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
     if (ratio < (large ? 3 : 4.5)) poor.push([e.className, text.slice(0, 30), ratio]);
     count += 1;

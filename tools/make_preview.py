@@ -24,7 +24,8 @@ def make(target):
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     settings = settings["DEFAULT"]
-    text = PAGE.format(title=html.escape(settings["title"]), text=html.escape(settings["description"]),
+    title, description = (html.escape(settings[key]) for key in ("title", "description"))
+    text = PAGE.format(title=title, text=description,
                        picture=(ROOT / "nbs/images/index-1.svg").as_uri())
     page = target.with_suffix(".html")  # a file, so that it may show another file
     page.write_text(text, encoding="utf-8")

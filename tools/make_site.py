@@ -114,7 +114,8 @@ class Site:
         # A page that failed has no anchors: what leads there is not to blame.
         self.errors = self.errors or [
             *(f"{place} leads nowhere" for place in self.broken_links()),
-            *(f"{page.source}: two things have the id {id}" for page, outline in self.outlines.items()
+            *(f"{page.source}: two things have the id {id}"
+              for page, outline in self.outlines.items()
               for id in outline.twice | outline.ids & FRAME_IDS)]
         if self.errors: raise SiteError("\n".join(self.errors))
 

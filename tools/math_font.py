@@ -21,7 +21,8 @@ SIGNS = [*map(ord, "\u00a0¬±·×÷\u0302\u0303\u0304\u0307\u0308‖†…′�
 def make(source, target):
     "Write the subset of `source` as WOFF2."
     font = TTFont(source)
-    keep = subset.Subsetter(subset.Options(layout_features=["*"], name_IDs=["*"], notdef_outline=True))
+    options = subset.Options(layout_features=["*"], name_IDs=["*"], notdef_outline=True)
+    keep = subset.Subsetter(options)
     keep.populate(unicodes=LETTERS + STYLED + SIGNS)
     keep.subset(font)
     for entry in font["name"].names:

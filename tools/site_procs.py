@@ -1,4 +1,4 @@
-"""What the site does to a notebook after nbdev: settings.ini names these, Quarto and pandoc get both.
+"""What the site does to a notebook after nbdev, for Quarto and for pandoc: settings.ini names it.
 
 nbdev finds this file where PYTHONPATH names the folder tools, as `make docs` does.
 """
@@ -31,7 +31,7 @@ def only_imports(source):
 
 
 def public_names(source):
-    "The public names that an exported cell defines; a method patched in counts by the method's name."
+    "The public names that an exported cell defines, methods patched in among them."
     nodes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     named = [node.name for node in ast.parse(source).body if isinstance(node, nodes)]
     return [name for name in named if not name.startswith("_")]
@@ -65,7 +65,7 @@ class fold_code(Processor):
 
 
 def unlink_code(cell):
-    "Take nbdev's links out of the signatures that it documents: code shows them as they are written."
+    "Take nbdev's links out of the signatures that it shows: code would show their markup."
     for output in cell.get("outputs", []):
         lines = output.get("data", {}).get("text/markdown")
         if lines is None: continue
@@ -101,7 +101,7 @@ class Module:
 
 
 def name_index():
-    "Markdown: every public name of the package, first what `import memformers` has, then by module."
+    "Markdown: every public name, first what `import memformers` has, then by module."
     package = Path(importlib.util.find_spec("memformers").origin).parent
     index = ast.parse((package / "_modidx.py").read_text(encoding="utf-8")).body[-1].value
     modules = {module: Module(package.parent / f"{module.replace('.', '/')}.py", symbols)
@@ -113,8 +113,9 @@ def name_index():
     parts = ["## memformers", *head, *(top[name].row(name) for name in sorted(top, key=str.lower))]
     for module in sorted(modules.values(), key=lambda module: module.notebook):
         name = module.name.partition(".")[2]
-        parts += ["", f"## {name}", "", f"`{module.name}`, [explained here]({module.notebook}).", *head,
-                  *map(module.row, sorted(module.names, key=str.lower))]
+        where = f"`{module.name}`, [explained here]({module.notebook})."
+        names = sorted(module.names, key=str.lower)
+        parts += ["", f"## {name}", "", where, *head, *map(module.row, names)]
     return "\n".join(parts)
 
 
