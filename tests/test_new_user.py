@@ -32,6 +32,9 @@ SKIPPED = {
     "import lightning": "lightning is not among the extras",
     "torchrun --nproc-per-node 4": "four accelerators; the next block is the same on a CPU",
     "accelerate launch --multi_gpu": "several accelerators",
+    "model.push_to_hub": "writes to the Hugging Face hub",
+    "memformers generate user/my-model": "asks the Hugging Face hub",
+    "from huggingface_hub import hf_hub_download": "writes to the Hugging Face hub",
 }
 # What would take minutes → the same in seconds.
 SHORTER = {

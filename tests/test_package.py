@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import venv
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -149,35 +148,7 @@ def test_import_is_light(installed, tmp_path):
     assert python(installed, code, tmp_path) == "[]"
 
 
-COMMANDS = """
-train transformer_xl_tiny --corpus texts --folder run --batch-size 2 --steps 2 --save_every 2 --cpu
-evaluate run --corpus texts --batch_size 2 --max-tokens 100 --split valid --cpu
-generate run --prompt al --top-k 4 --min_p 0.1 --length 4 --cpu
-models
-demo --model transformer_xl_tiny --folder demo --steps 2 --episodes 2 --documents 2 --cpu
-"""
-
-
-def try_every_command(memformers, folder):
-    "Each command with an option of two words, which the parser of another version may not know."
-    (folder / "texts").mkdir()
-    for word in ("alpha", "beta"):
-        (folder / "texts" / f"{word}.txt").write_text(f"{word} is a letter. " * 200)
-    run(memformers, "--version", cwd=folder)
-    for line in COMMANDS.strip().splitlines(): run(memformers, *line.split(), cwd=folder)
-
-
 def test_module_runs_as_the_command(installed, settings, tmp_path):
     said = run(sys.executable, "-m", "memformers", "--version", cwd=tmp_path,
                env={**os.environ, "PYTHONPATH": str(installed)})
     assert said == f"memformers {settings['version']}"
-
-
-@pytest.mark.slow
-def test_wheel_installs_into_an_empty_environment(built, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    interpreter = tmp_path / "venv" / "bin" / "python"
-    run(interpreter, "-m", "pip", "install", "-q", *built.glob("*.whl"))
-    run(interpreter, "-m", "pip", "check")
-    run(interpreter, "-c", "import memformers", cwd=tmp_path)
-    try_every_command(tmp_path / "venv" / "bin" / "memformers", tmp_path)
