@@ -45,7 +45,7 @@ SHORTER = {
     "--steps 20": "--steps 2",
     "--tokenizer tokenizer.json\n": "--tokenizer tokenizer.json --steps 2\n",
     "--folder runs/ids`": "--folder runs/ids --steps 2`",
-    "train runs/mine/model --corpus others": "train runs/mine/model --corpus others --steps 2",
+    "--folder runs/other`": "--folder runs/other --steps 2`",
 }
 # Each command with an option of two words, which the parser of another version may not know.
 COMMANDS = """
