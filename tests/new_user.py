@@ -29,7 +29,8 @@ def say(line):
 
 def write_texts(folder, files):
     folder.mkdir(parents=True)
-    for i in range(files): (folder / f"{i}.txt").write_text(f"This is text {i}, says text {i}. " * 60)
+    for i in range(files):
+        (folder / f"{i}.txt").write_text(f"This is text {i}, says text {i}. " * 60)
     return folder
 
 

@@ -30,12 +30,15 @@ SKIPPED = {
     "from transformers import AutoTokenizer": "asks the Hugging Face hub; test_tokenizer.py",
     "from transformers import Trainer": "transformers is an extra; test_bridges.py trains with it",
     "import lightning": "lightning is not among the extras",
-    "torchrun --nproc-per-node 4": "four accelerators; the next block is the same on a CPU",
+    "torchrun --nproc-per-node 4 -m": "four accelerators; the next block is the same on a CPU",
+    "torchrun --nproc-per-node 4 my_loop.py": "the reader's own file; the page runs its code",
     "accelerate launch --multi_gpu": "several accelerators",
     "model.push_to_hub": "writes to the Hugging Face hub",
     "memformers generate user/my-model": "asks the Hugging Face hub",
     "from huggingface_hub import hf_hub_download": "writes to the Hugging Face hub",
 }
+# Pages whose Python imports an extra that this environment has not: only their commands are run.
+EXTRAS = {"several_processes.ipynb": "transformers"}   # test_notebooks.py runs the cells
 # What would take minutes → the same in seconds.
 SHORTER = {
     "TrainOptions(steps=1000)": "TrainOptions(steps=2)",
@@ -53,10 +56,13 @@ memformers --version
 python -m memformers --version
 memformers models
 memformers data
-memformers train memorizing_tiny --corpus texts --folder run --batch-size 2 --steps 2 --save_every 2 --valid-share 0.2 --cut 300 --cpu
-memformers evaluate run --corpus texts --batch_size 2 --max-tokens 100 --split all --valid-share 0.2 --modes "on off knn.off" --cpu
+memformers train memorizing_tiny --corpus texts --folder run --batch-size 2 --steps 2 \
+    --save_every 2 --valid-share 0.2 --cut 300 --cpu
+memformers evaluate run --corpus texts --batch_size 2 --max-tokens 100 --split all \
+    --valid-share 0.2 --modes "on off knn.off" --cpu
 memformers generate run --prompt al --top-k 4 --min_p 0.1 --length 4 --cpu
-memformers demo --model transformer_xl_tiny --folder demo --steps 2 --episodes 2 --documents 2 --max-tokens 200 --cpu
+memformers demo --model transformer_xl_tiny --folder demo --steps 2 --episodes 2 \
+    --documents 2 --max-tokens 200 --cpu
 memformers compare toy --folder evidence --dry-run
 """
 OFFLINE = re.compile("NewConnectionError|ConnectTimeout|name resolution|ProxyError|Max retries|"
@@ -64,7 +70,7 @@ OFFLINE = re.compile("NewConnectionError|ConnectTimeout|name resolution|ProxyErr
 
 
 def blocks(page):
-    "Kind and source of a page's blocks, in their order: cells, fenced blocks, commands in the text."
+    "Kind and source of a page's blocks, in order: cells, fenced blocks, commands in the text."
     if page.suffix == ".md": cells = [("markdown", page.read_text(encoding="utf-8"))]
     else: cells = [(c.cell_type, c.source) for c in nbformat.read(page, as_version=4).cells]
     found = []
@@ -90,7 +96,7 @@ def program(page):
     "A page as one program: its Python as it stands, and its commands through a shell."
     lines = ["import subprocess"]
     for kind, source in blocks(page):
-        if why_skipped(source): continue
+        if why_skipped(source) or kind == "python" and page.name in EXTRAS: continue
         source = shorter(source)
         if kind == "sh":
             lines.append(f"subprocess.run({'set -e' + chr(10) + source!r}, shell=True, check=True)")
@@ -109,7 +115,7 @@ def run(*command, **options):
 
 
 def lend_torch(python, folder):
-    "Let an environment find the torch of this one: it takes minutes to fetch, and most of the disk."
+    "Let an environment find the torch of this one: it takes minutes to fetch."
     folder.mkdir()
     for found in importlib.metadata.distributions():
         if not re.match("torch$|triton$|nvidia-|cuda-", found.name.lower()): continue
@@ -203,5 +209,8 @@ def test_what_is_skipped_or_cut_short_is_there():
         assert sum(source.startswith(words) for source in sources) == 1, words
     for words in SHORTER: assert any(words in source for source in sources), words
     assert sum(why_skipped(source) is None for source in sources) > 60
+    for name, extra in EXTRAS.items():
+        page = ROOT / "nbs" / "howto" / name
+        assert any(f"from {extra} import" in s for kind, s in blocks(page) if kind == "python")
     own = [source for source in sources if 'train(model, "my_texts"' in source]
     assert len(own) == 1 and not why_skipped(own[0]), "the README's own-text block is run"
