@@ -371,7 +371,7 @@ def _level(kib: int, n: int) -> dict:
         "Associative": dict(num_memory_tokens=16 if wide else 8, nu=1 if k == 1 else 2,
                             dim_memory={8: 8, 32: 16, 256: 32, 1024: 64}[kib]),
         "Block-recurrent": dict(num_states=slots * (2 if wide else 1), mem_len=slots // 2),
-        "Neural memory": dict(dim_head={8: 16, 32: 32, 256: 64, 1024: 128}[kib]),
+        "Neural memory": dict(dim_head={8: 14, 32: 30, 256: 62, 1024: 126}[kib]),
     }
 
 # %% ../nbs/45_compare.ipynb #b6465f87

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import (Buffer, Cursor, FeedForward, KVCache, attend, check_choice,
-                                  check_dropout, check_heads, check_numbers, check_sizes, keys_of)
+from .attention import (Buffer, Cursor, FeedForward, KVCache, Span, attend, check_choice,
+                                  check_dropout, check_heads, check_numbers, check_sizes, keys_of,
+                                  shift)
 from .memory import full_precision, memory_state, replace, shared, without_autocast
 from .model import MemoryLM, init_weights
 from .positions import XLPositions, position_tables
@@ -24,6 +25,7 @@ class NeuralState:
     weights: Tensor = full_precision()  # (b, layers, h, P) minus the learned initial ones
     momentum: Tensor = full_precision() # (b, layers, h, P)
     tokens: Tensor = None               # (b,) tokens read
+    tail: Tensor = None                 # (b, layers, 3, 3 h d) inputs of the convolution
 
 # %% ../nbs/30_neural_memory.ipynb #07dbe2f0
 def _unfold(weights: Tensor, d: int) -> list[Tensor]:
@@ -91,15 +93,21 @@ class NeuralMemory(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * heads * d, bias=False)
         self.to_gates = nn.Linear(dim, 3 * heads)
         self.norm, self.to_out = nn.RMSNorm(d, eps=1e-6), nn.Linear(heads * d, dim, bias=False)
-        size = d * d if layers == 1 else 2 * expand * d * d
-        self.initial = nn.Parameter(torch.randn(heads, size) * (d ** -.5 if layers == 1 else .02))
+        self.conv = nn.Parameter(torch.empty(3 * heads * d, 4).uniform_(-.5, .5))
+        # At first a network of one layer finds nothing, one of two layers the query itself.
+        last = torch.zeros(heads, d * d if layers == 1 else expand * d * d)
+        first = torch.randn_like(last[:, :0 if layers == 1 else None]) * d ** -.5
+        self.initial = nn.Parameter(torch.cat([first, last], -1))
 
-    def project(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        "Queries (b, heads, n, d), and what is to be written (b, heads, n, 2 d + 3)."
-        q, k, v = self.to_qkv(h).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    def project(self, h: Tensor, tail: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        "Queries (b, heads, n, d), what is to be written (b, heads, n, 2 d + 3), and the next tail."
+        line, tail = shift(tail, self.to_qkv(h), span)
+        n, kernel = h.shape[1], self.conv.T.to(line)
+        line = sum(line[:, j:j + n] * weight for j, weight in enumerate(kernel))
+        q, k, v = line.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         q, k = (F.normalize(F.silu(t), dim=-1) for t in (q, k))
         gates = self.to_gates(h).unflatten(2, (3, -1)).permute(0, 3, 1, 2)
-        return q, torch.cat([k, v, gates], -1)
+        return q, torch.cat([k, v, gates.to(v)], -1), tail
 
     def read(self, q: Tensor, weights: Tensor) -> Tensor:
         "What queries find (1), for the stream (b, n, dim)."
@@ -112,7 +120,7 @@ class NeuralMemory(nn.Module):
         "The state (b, heads, P) after a segment, `new` from `project` (4)."
         with without_autocast(new.device):
             k, v, gates = new.to(weights.dtype).split([self.d, self.d, 3], -1)
-            theta, eta, alpha = (gates + gates.new_tensor([-3., 0., -4.])).sigmoid().unbind(-1)
+            theta, eta, alpha = (gates + gates.new_tensor([-1., 0., -6.])).sigmoid().unbind(-1)
             real = torch.ones_like(theta) if valid is None else valid[:, None].to(theta)
             a, b, c, w, s = totals(theta * self.max_step, eta, alpha, real)
             initial = self.initial.to(weights)
@@ -132,7 +140,7 @@ class NeuralLayer(nn.Module):
         dim_head: int,
         memory: NeuralMemory,
         feed_forward: FeedForward,
-        wiring: str = "gate",      # "layer", "gate" or "context"
+        wiring: str = "layer",     # "layer", "gate" or "context"
         attn_dropout: float = 0.0, # on the attention weights
         dropout: float = 0.0,      # on what attention and memory add
     ):
@@ -146,9 +154,10 @@ class NeuralLayer(nn.Module):
         self.norm_memory, self.norm_attention = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.norm_feed, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, caches: list, span, keys, table: Tensor, weights: Tensor):
-        "The states (b, n, dim) after the layer, its caches, and what it is to write."
-        q, new = self.memory.project(self.norm_memory(x))
+    def forward(self, x: Tensor, caches: list, span: Span, keys, table: Tensor, weights: Tensor,
+                tail: Tensor):
+        "The states (b, n, dim) after the layer, its caches, what it is to write, and the tail."
+        q, new, tail = self.memory.project(self.norm_memory(x), tail, span)
         found = self.memory.read(q, weights)
         if self.wiring == "layer": x = x + self.dropout(found)
         h = self.norm_attention(x)
@@ -165,7 +174,7 @@ class NeuralLayer(nn.Module):
         out = self.to_out(out.transpose(1, 2).flatten(2))
         if self.wiring == "gate": out = out * found.sigmoid()
         x = x + self.dropout(out)
-        return x + self.feed_forward(self.norm_feed(x)), caches, new
+        return x + self.feed_forward(self.norm_feed(x)), caches, new, tail
 
     def _split(self, t, parts):
         return t.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
@@ -178,6 +187,7 @@ class NeuralSegment:
     cursor: Cursor
     caches: list             # of each layer, one or two
     written: list            # of each layer, a Buffer (b, heads, columns, 2 d + 3)
+    tail: Tensor             # (b, layers, 3, 3 h d) of the convolutions, so far
     tables: list = shared()  # of each layer: its positions
 
 # %% ../nbs/30_neural_memory.ipynb #dc9cc6c1
@@ -192,7 +202,7 @@ class NeuralMemoryTransformer(MemoryLM):
         depth: int,                   # layers
         heads: int = 8,
         seq_len: int = 64,            # longest segment, in tokens; the memory is written after it
-        wiring: str = "gate",         # of memory and attention: "layer", "gate" or "context"
+        wiring: str = "layer",        # of memory and attention: "layer", "gate" or "context"
         memory_depth: int = 2,        # layers of a head's network: 1 or 2
         expand: int = 2,              # inner width of two layers, as a multiple of dim_head
         max_step: float = 0.5,        # largest step θ
@@ -228,7 +238,10 @@ class NeuralMemoryTransformer(MemoryLM):
         weights, momentum = torch.zeros(
             2, batch_size, len(self.layers), *initial.shape, device=device or weight.device,
             dtype=torch.promote_types(dtype or weight.dtype, torch.float32))
-        return NeuralState(weights, momentum, weights.new_zeros(batch_size, dtype=torch.long))
+        tail = weight.new_zeros(batch_size, len(self.layers), 3, len(self.layers[0].memory.conv),
+                                device=weights.device, dtype=dtype or weight.dtype)
+        tokens = weights.new_zeros(batch_size, dtype=torch.long)
+        return NeuralState(weights, momentum, tokens, tail)
 
     def begin(self, memory: NeuralState, capacity: int | None = None) -> NeuralSegment:
         b, capacity, part = len(memory.tokens), capacity or self.seq_len, self.layers[0]
@@ -236,20 +249,23 @@ class NeuralMemoryTransformer(MemoryLM):
         opened = lambda: KVCache.open(none(part.memory.d), none(part.memory.d))
         caches = [[opened() for _ in range(1 + (part.wiring == "context"))] for _ in self.layers]
         written = [Buffer(none(2 * part.memory.d + 3), 0) for _ in self.layers]
-        return NeuralSegment(memory, Cursor.start(b, capacity), caches, written,
+        return NeuralSegment(memory, Cursor.start(b, capacity), caches, written, memory.tail,
                              position_tables(self.layers, capacity))
 
     def extend(self, segment: NeuralSegment, tokens: Tensor, mask: Tensor | None = None):
-        x, caches, written = self.embed(tokens), [], []
+        x, caches, written, tails = self.embed(tokens), [], [], []
         span, cursor = segment.cursor.advance(tokens.shape[1], mask)
         keys, tables = self._keys(span, x.device), segment.tables
         if tables[0].shape[-1] < span.end: tables = position_tables(self.layers, span.capacity)
-        for i, (layer, weights) in enumerate(zip(self.layers, segment.memory.weights.unbind(1))):
-            x, cache, new = layer(x, segment.caches[i], span, keys, tables[i], weights)
+        each = zip(self.layers, segment.memory.weights.unbind(1), segment.tail.unbind(1))
+        for i, (layer, weights, tail) in enumerate(each):
+            x, cache, new, tail = layer(x, segment.caches[i], span, keys, tables[i], weights, tail)
             caches.append(cache)
+            tails.append(tail.to(segment.tail.dtype))
             written.append(segment.written[i].append(new, span))
         return self.to_logits(self.norm(x)), replace(segment, cursor=cursor, caches=caches,
-                                                     written=written, tables=tables)
+                                                     written=written, tables=tables,
+                                                     tail=torch.stack(tails, 1))
 
     def finish(self, segment: NeuralSegment):
         memory, cursor = segment.memory, segment.cursor
@@ -260,7 +276,7 @@ class NeuralMemoryTransformer(MemoryLM):
                for i, layer in enumerate(self.layers)]
         weights, momentum = (torch.stack(column, 1) for column in zip(*new))
         tokens = memory.tokens + cursor.length.to(memory.tokens.device)
-        return NeuralState(weights, momentum, tokens), self.no_aux_loss()
+        return NeuralState(weights, momentum, tokens, segment.tail), self.no_aux_loss()
 
     def _keys(self, span, device):
         "The segment so far; with the wiring `context`, what was found for its tokens before it."

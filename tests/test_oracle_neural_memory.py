@@ -32,26 +32,33 @@ def learned(memory, head, state, pairs):
         grads.append(torch.autograd.grad(error, start, create_graph=True)[0])
     w = start
     for (_, _, theta, eta, alpha), g in zip(pairs, grads):
-        momentum = sigmoid(eta) * momentum - most * sigmoid(theta - 3) * g
-        w = (1 - sigmoid(alpha - 4)) * w + momentum
+        momentum = sigmoid(eta) * momentum - most * sigmoid(theta - 1) * g
+        w = (1 - sigmoid(alpha - 6)) * w + momentum
     return w - memory.initial[head], momentum
 
 
+def convolved(kernel, inputs):
+    """One channel at a time: the newest input with the last weight."""
+    return torch.stack([sum(kernel[c, 3 - back] * inputs[-1 - back][c]
+                            for back in range(min(4, len(inputs)))) for c in range(len(kernel))])
+
+
 def run(model, pieces):
-    """Logits of one row that is read in these segments, and its memory: for each layer and head
-    (weights, momentum)."""
+    """Logits of one row that is read in these segments, its memory, for each layer and head
+    (weights, momentum), and for each layer what its convolution has been given."""
     d, wiring = model.layers[0].memory.d, model.config()["wiring"]
     size = model.layers[0].memory.initial.shape[1]
     zero = lambda: torch.zeros(size).double().requires_grad_()
     memory = [[(zero(), zero()) for _ in range(layer.heads)] for layer in model.layers]
-    logits = []
+    logits, past = [], [[] for _ in model.layers]
     for cut in pieces:
         states, after = [model.embedding.weight[t] for t in cut], []
-        for layer, state in zip(model.layers, memory):
+        for layer, state, inputs in zip(model.layers, memory, past):
             h, part, pairs, found = layer.heads, layer.memory, [[] for _ in range(layer.heads)], []
             for x in states:
                 n = norm(layer.norm_memory, x)
-                q, k, v = (part.to_qkv.weight @ n).split(h * d)
+                inputs.append(part.to_qkv.weight @ n)
+                q, k, v = convolved(part.conv, inputs).split(h * d)
                 gates, read = linear(part.to_gates, n), []
                 for i in range(h):
                     rows = slice(i * d, (i + 1) * d)
@@ -65,7 +72,7 @@ def run(model, pieces):
             states = attended(model, layer, states, found, wiring)
         memory = after
         logits += [linear(model.head, norm(model.norm, x)) for x in states]
-    return torch.stack(logits), memory
+    return torch.stack(logits), memory, past
 
 
 def attended(model, layer, states, found, wiring):
@@ -103,7 +110,8 @@ def make(**options):
 
 
 OPTIONS = pytest.mark.parametrize("options", [
-    dict(wiring="layer", memory_depth=1), dict(wiring="gate"), dict(wiring="context", expand=1),
+    dict(wiring="layer", memory_depth=1), dict(wiring="gate"),
+    dict(wiring="context", expand=1),
     dict(wiring="context", memory_depth=1, heads=3)])
 
 
@@ -121,7 +129,8 @@ def test_outputs_memories_and_gradients(options):
     whole = [run(model, row.split(5)) for row in text]
     right = torch.stack([r[0] for r in whole])
     close(logits, right)
-    for b, (_, layers) in enumerate(whole):
+    for b, (_, layers, past) in enumerate(whole):
+        close(memory.tail[b], torch.stack([torch.stack(inputs[-3:]) for inputs in past]))
         for i, heads in enumerate(layers):
             for head, (weights, momentum) in enumerate(heads):
                 close(memory.weights[b, i, head], weights)
@@ -142,16 +151,20 @@ def test_ragged_rows_and_padding(options):
     first = model.step(text[:, :5], None, mask[:, :5])
     memory = reset(carry(first.memory), torch.tensor([False, False, True]))
     second = model.step(text[:, 5:], memory, mask[:, 5:])
-    def same_state(row, layers):
+    def same_state(row, layers, past):
         for i, found in enumerate((second.memory.weights, second.memory.momentum)):
             close(found[row], torch.stack([torch.stack([state[i] for state in heads])
                                            for heads in layers]))
-    logits, layers = run(model, [text[0, [0, 1, 4]], text[0, 5:]])
+        for i, inputs in enumerate(past):
+            there = second.memory.tail[row, i]
+            close(there[-len(inputs[-3:]):], torch.stack(inputs[-3:]))
+            assert not there[:-len(inputs[-3:])].any()
+    logits, *states = run(model, [text[0, [0, 1, 4]], text[0, 5:]])
     close(first.logits[0][mask[0, :5]], logits[:3])
     close(second.logits[0], logits[3:])
-    same_state(0, layers)
+    same_state(0, *states)
     close(second.logits[1], run(model, [text[1, 5:]])[0])
-    logits, layers = run(model, [text[2, 5:7]])
+    logits, *states = run(model, [text[2, 5:7]])
     close(second.logits[2, :2], logits)
-    same_state(2, layers)
+    same_state(2, *states)
     assert second.memory.tokens.tolist() == [8, 5, 2]

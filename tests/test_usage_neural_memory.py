@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from memformers import NeuralMemoryTransformer, carry
 from memformers.delta_rule import delta_rule
+from memformers.memory import replace
 from memformers.neural_memory import error_gradient, network, totals
 
 close = torch.testing.assert_close
@@ -42,6 +43,21 @@ def test_no_gradient_comes_from_later_tokens(wiring):
     hook.remove()
     grad, = torch.autograd.grad(logits[0, 7].square().sum(), states[0])
     assert grad[0, :8].abs().amin(-1).gt(0).all() and not grad[0, 8:].any()
+
+
+@pytest.mark.parametrize("options, least", [
+    (dict(memory_depth=1), .3), (dict(), .1), (dict(wiring="context"), .1),
+    (dict(wiring="gate", memory_depth=1), .005)])
+def test_a_fresh_model_shows_what_it_has_read(options, least):
+    """At least this share of the logits comes from the memory, before any training. A gate that
+    multiplies attention lets the least through."""
+    model = small(**options).eval()
+    memory = None
+    with torch.no_grad():
+        for cut in text(4, 48).split(16, 1): memory = carry(model.step(cut, memory).memory)
+        with_it, without = (model.step(text(4, 16, 1), m).logits
+                            for m in (memory, replace(model.init_memory(4), tail=memory.tail)))
+    assert (with_it - without).norm() / without.norm() > least
 
 
 def test_segments_of_any_length_continue():
