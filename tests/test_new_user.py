@@ -24,6 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "nbs" / "howto").glob("*.ipynb"))]
 # First words of a block → why it isn't run here.
 SKIPPED = {
     "make demo": "for a clone; the demo is run below, and `make test` runs this",
+    "pip install torch --index-url": "asks a git server; this environment has the wheel instead",
     "pip install .": "this environment was installed so, and the extras take minutes or CUDA",
     "pip install 'torch-memformers[tokenizers]'": "this environment was installed so",
     "import datasets": "asks the Hugging Face hub; test_data.py gives the same calls a dataset",
@@ -98,6 +99,7 @@ def program(page):
     for kind, source in blocks(page):
         if why_skipped(source) or kind == "python" and page.name in EXTRAS: continue
         source = shorter(source)
+        assert not source.startswith("pip "), f"{page.name}: {source} would install elsewhere"
         if kind == "sh":
             lines.append(f"subprocess.run({'set -e' + chr(10) + source!r}, shell=True, check=True)")
         else:
@@ -124,6 +126,9 @@ def lend_torch(python, folder):
                 (folder / top).symlink_to(found.locate_file(top))
     where = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     (Path(where) / "torch.pth").write_text(f"{folder}\n")
+    command = python.parent / "torchrun"
+    command.write_text(f"#!{python}\nfrom torch.distributed.run import main\nmain()\n")
+    command.chmod(0o755)
 
 
 def install(folder, with_torch):
@@ -159,9 +164,13 @@ def environment(request, tmp_path_factory):
             folder.mkdir()
             done.write_text(install(folder, request.param == "newest torch"))
     if why := done.read_text(): pytest.skip(why)
+    # No command of the tests' own environment may be found, such as its pip.
+    own = Path(sys.executable).parent
+    path = [str(folder / "venv" / "bin"),
+            *(p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != own)]
     bare = {name: value for name, value in os.environ.items()
             if not name.startswith(("PYTHON", "PYTEST", "MEMFORMERS"))}
-    return bare | dict(PATH=f"{folder / 'venv' / 'bin'}:{os.environ['PATH']}", HF_HUB_OFFLINE="1",
+    return bare | dict(PATH=os.pathsep.join(path), HF_HUB_OFFLINE="1",
                        MEMFORMERS_CACHE=str(folder / "cache"), VIRTUAL_ENV=str(folder / "venv"))
 
 
