@@ -30,6 +30,7 @@ from functools import cached_property
 from glob import glob
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -159,6 +160,13 @@ class Corpus:
     def __getitem__(self, index: int | str) -> np.ndarray:
         "A document by its position or its name."
         return self.documents[_position(self, index)]
+
+    if TYPE_CHECKING:  # what the fields may be given; afterwards they are as above
+        def __init__(self, name: str, names: Iterable[str],
+                     documents: Iterable[bytes | np.ndarray | Tensor | Sequence[int]],
+                     skipped: tuple[tuple[str, str], ...] = (), num_tokens: int = 256,
+                     source: str = "", widths: Sequence[np.ndarray] | None = None,
+                     tokenizer: object = None) -> None: ...
 
     @property
     def num_bytes(self) -> int | None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -480,6 +480,12 @@ class MemorizingTransformer(MemoryLM):
             rows = torch.stack([new[number] for number in self.xl_memory_layers], 1)
             xl = XLKeys(*push(xl.mem, xl.fill, rows.permute(2, 1, 4, 3, 0, 5).flatten(3), real))
         return PendingMemory(xl, memory.knn, pending, reals, clear), self.no_aux_loss()
+
+    if TYPE_CHECKING:  # what `@patch` adds below
+        def create_knn_memories(self, *, batch_size: int, **options): ...
+        @contextmanager
+        def knn_memories_context(self, **options): ...
+        def clear_memory(self, x: Tensor, token_id: int, knn_memories) -> None: ...
 
 # %% ../nbs/24_memorizing.ipynb #c147922f
 @patch

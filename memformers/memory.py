@@ -9,9 +9,11 @@ __all__ = ['slots', 'shared', 'grows', 'full_precision', 'fields', 'is_memory', 
 
 # %% ../nbs/00_memory.ipynb #6da8c4d3
 import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from dataclasses import fields as _dataclass_fields
+from typing import dataclass_transform
 
 import torch
 from torch import Tensor
@@ -92,6 +94,8 @@ def _unpack(self):
     return (getattr(self, name) for name in names)
 
 # %% ../nbs/00_memory.ipynb #bd265a73
+@dataclass_transform(eq_default=False, frozen_default=True,
+                     field_specifiers=(slots, shared, grows, full_precision))
 def memory_state(cls):
     """Make `cls` a memory: frozen, registered as a pytree, and unpacked like a tuple.
 
@@ -202,7 +206,7 @@ def _flags(memory, rows):
 # %% ../nbs/00_memory.ipynb #8d6d8eb7
 def reset(
     memory,       # a memory of b rows
-    rows: Tensor, # (b,) bool: True where a new document begins
+    rows: Tensor | Sequence[bool], # (b,) True where a new document begins
 ):                # the memory with those rows fresh
     "Empty some rows of a memory; the other rows are unchanged."
     rows = _flags(memory, rows)
@@ -230,7 +234,8 @@ def _indices(memory, rows):
 
 def select(
     memory,       # a memory of b rows
-    rows: Tensor, # (k,) indices of rows, in any order, repetitions allowed; -1 is the last
+    rows: Tensor | Sequence[int], # (k,) indices of rows, in any order, repetitions allowed; -1
+                                  # is the last
 ):                # a memory of k rows
     "Take rows of a memory by index."
     rows = _indices(memory, rows)

@@ -12,6 +12,7 @@ import sys
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -95,6 +96,13 @@ class KNNReader(nn.Module):
         share, read = share.transpose(1, 2), read.transpose(1, 2)
         return out + (share * (read - out)).to(out.dtype)                                  # (3)
 
+    if TYPE_CHECKING:  # what `@patch` adds below
+        @classmethod
+        def fresh(cls, model, rows: int, setup: dict) -> KNNStore: ...
+        @classmethod
+        def write(cls, setup: dict, memory, pairs: list, valid): ...
+        def read(self, out, q, k, mask, scaling, far, memory, j): ...
+
 # %% ../nbs/43_pretrained.ipynb #87d9a465
 @patch(cls_method=True)
 def fresh(cls: KNNReader, model, rows: int, setup: dict) -> KNNStore:
@@ -143,6 +151,11 @@ class InfiniReader(nn.Module):
         matrix = torch.zeros(rows, layers, g, d, d, device=model.device, dtype=exact)
         norm = torch.zeros_like(matrix[..., 0, :0 if setup["delta"] == "token" else d])
         return InfiniMemory(matrix, norm, matrix.new_zeros(rows, dtype=torch.long))
+
+    if TYPE_CHECKING:  # what `@patch` adds below
+        @classmethod
+        def write(cls, setup: dict, memory, pairs: list, valid): ...
+        def read(self, out, q, k, mask, scaling, far, memory, j): ...
 
 # %% ../nbs/43_pretrained.ipynb #42123994
 @patch(cls_method=True)
@@ -193,6 +206,13 @@ class MemoryCache:
         self.past += self.length
         for layer in self.layers: layer.reset()
         self.valid, self.rotations = None, []
+
+    if TYPE_CHECKING:  # what `@patch` adds below
+        def reorder_cache(self, beam_idx) -> None: ...
+        def batch_select_indices(self, indices) -> None: ...
+        def batch_repeat_interleave(self, repeats: int) -> None: ...
+        def reset(self) -> None: ...
+        def crop(self, tokens_to_remove: int) -> None: ...
 
 # %% ../nbs/43_pretrained.ipynb #832ec73b
 @patch
@@ -301,6 +321,9 @@ class MemoryModel:
     def memory_parameters(self) -> dict:
         "The new weights, by name."
         return {name: p for name, p in self.named_parameters() if _is_new(name)}
+
+    if TYPE_CHECKING:  # what `@patch` adds below
+        def save_pretrained(self, save_directory, *args, base: bool = True, **kwargs) -> None: ...
 
 # %% ../nbs/43_pretrained.ipynb #457f706d
 def _parts(cache, n, segment):

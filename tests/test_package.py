@@ -95,14 +95,15 @@ def test_names_of_what_is_built(built, settings):
 def test_wheel_holds_every_module_and_nothing_else(built):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == {f"memformers/{path.name}" for path in (ROOT / "memformers").glob("*.py")}
+    modules = {f"memformers/{path.name}" for path in (ROOT / "memformers").glob("*.py")}
+    assert names == modules | {"memformers/py.typed"}
 
 
 def test_sdist_holds_what_a_reader_looks_for(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"settings.ini", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt",
-            "CITATION.cff", "memformers/__init__.py"} <= names
+            "CITATION.cff", "memformers/__init__.py", "memformers/py.typed"} <= names
 
 
 def test_the_same_facts_everywhere(built, settings):
