@@ -47,6 +47,7 @@ class Plain(nn.Module):
         self.ok = torch.arange(front + N) - front <= torch.arange(N)[:, None]
         self.places = nn.Parameter(torch.randn(heads, dim // heads, places)) if places else None
         self.write, self.writer = write, linear(dim, 3 * dim)
+        self.added = nn.Parameter(torch.zeros(dim))   # to what the writer reads, as ours learns it
 
     def project(self, x, weight):
         """Queries, keys, values, or some of them: each (b, heads, n, dim_head)."""
@@ -72,16 +73,16 @@ class Plain(nn.Module):
         attend, q = F.scaled_dot_product_attention, q.detach()
         return F.mse_loss(attend(q, k_made, v_made), attend(q, k, v).detach())
 
-    @torch.no_grad()
     def written(self, states):
-        """The writer of long-term slots, whose gradient waits for later segments: keys and values
-        of the states of all layers, then twice queries of the slots, linear attention, output (the
-        gate's few rows are left out)."""
-        weight, states = self.writer.weight, torch.cat(states, 1)
+        """The writer of long-term slots: keys and values of the states of all layers, then twice
+        queries of the slots, linear attention, output (the gate's few rows are left out)."""
+        weight = self.writer.weight
+        states = torch.cat(states, 1).detach() + self.added
         k, v = self.project(states, weight[self.dim:])
         for _ in range(2):
             q, = self.project(states[:, :self.write], weight[:self.dim])
-            F.linear((q @ (k.mT @ v)).transpose(1, 2).flatten(2), weight[:self.dim])
+            slots = F.linear((q @ (k.mT @ v)).transpose(1, 2).flatten(2), weight[:self.dim])
+        return slots
 
     def join(self, layer, i, y, x):
         if not self.gates: return x + y
@@ -103,7 +104,11 @@ class Plain(nn.Module):
             x = self.join(layer, 0, layer["out"](y.transpose(1, 2).flatten(2)), x)
             y = layer["contract"](F.gelu(layer["expand"](layer["norm2"](x))))
             x = self.join(layer, 2, y, x)
-        if states: self.written(states)
+        if states:
+            # A segment is written without a graph. The loss of the next one trains the writer, and
+            # so writes once more: in one step, this segment's writing and training of the last.
+            with torch.no_grad(): self.written(states)
+            aux.append(self.written(states).mean())
         return self.head(self.norm(x)), None, sum(aux)
 
 
