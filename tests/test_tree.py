@@ -1,5 +1,6 @@
 "The tree as it is committed: small files, and text but for a few pictures."
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -42,3 +43,12 @@ def test_results_name_no_folder_of_the_machine_they_come_from(tracked):
     assert results
     found = [path.name for path in results if re.search(r'[\s"=\'](/|~/|[A-Z]:\\\\)\w', path.read_text())]
     assert not found
+
+
+def test_faults_fit_the_code():
+    """The lines that a fault changes stand once in its file: where code moves, it has to follow."""
+    faults = runpy.run_path(str(ROOT / "tests" / "faults" / "run.py"))
+    read = [faults["read"](path) for path in sorted((ROOT / "tests" / "faults").glob("*.fault"))]
+    assert len(read) > 300
+    found = {fault.name: (ROOT / fault.file).read_text().count(fault.was) for fault in read}
+    assert not {name: times for name, times in found.items() if times != 1}
