@@ -7,6 +7,8 @@ __all__ = ['WIRINGS', 'NeuralState', 'network', 'error_gradient', 'totals', 'Neu
            'NeuralMemoryTransformer']
 
 # %% ../nbs/30_neural_memory.ipynb #91c3d814
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,9 +89,12 @@ class NeuralMemory(nn.Module):
         layers: int = 2,     # of the network: 1 or 2
         expand: int = 2,     # inner width of two layers, times d
         max_step: float = 0.5, # largest θ
+        segment: int = 16,     # tokens that are written together
     ):
         super().__init__()
         self.heads, self.d, self.max_step = heads, d, max_step
+        # Steps of a segment add up, so those of longer segments begin smaller.
+        self.biases = -1 - max(0, math.log2(segment / 16)), 0, -6
         self.to_qkv = nn.Linear(dim, 3 * heads * d, bias=False)
         self.to_gates = nn.Linear(dim, 3 * heads)
         self.norm, self.to_out = nn.RMSNorm(d, eps=1e-6), nn.Linear(heads * d, dim, bias=False)
@@ -120,7 +125,7 @@ class NeuralMemory(nn.Module):
         "The state (b, heads, P) after a segment, `new` from `project` (4)."
         with without_autocast(new.device):
             k, v, gates = new.to(weights.dtype).split([self.d, self.d, 3], -1)
-            theta, eta, alpha = (gates + gates.new_tensor([-1., 0., -6.])).sigmoid().unbind(-1)
+            theta, eta, alpha = (gates + gates.new_tensor(self.biases)).sigmoid().unbind(-1)
             real = torch.ones_like(theta) if valid is None else valid[:, None].to(theta)
             a, b, c, w, s = totals(theta * self.max_step, eta, alpha, real)
             initial = self.initial.to(weights)
@@ -226,7 +231,8 @@ class NeuralMemoryTransformer(MemoryLM):
         width = check_heads(dim, heads, dim_head)
         self.layers = nn.ModuleList(
             NeuralLayer(dim, heads, width,
-                        NeuralMemory(dim, heads, width, memory_depth, expand, max_step),
+                        NeuralMemory(dim, heads, width, memory_depth, expand, max_step,
+                                     seq_len),
                         FeedForward(dim, ff_mult, ff_glu, ff_dropout), wiring, attn_dropout,
                         attn_layer_dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)

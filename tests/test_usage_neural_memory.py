@@ -7,6 +7,7 @@ from memformers import NeuralMemoryTransformer, carry
 from memformers.delta_rule import delta_rule
 from memformers.memory import replace
 from memformers.neural_memory import error_gradient, network, totals
+from memformers.zoo import create
 
 close = torch.testing.assert_close
 WIRINGS = pytest.mark.parametrize("wiring", ["layer", "gate", "context"])
@@ -102,3 +103,15 @@ def test_gates_are_of_single_tokens():
     with torch.no_grad():
         for i in range(64): memory = carry(model.step(text(1, 16, i), memory).memory)
     assert memory.weights.isfinite().all()
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+@pytest.mark.parametrize("letters", [1, 256])
+def test_a_fresh_preset_reads_any_text_for_long(size, letters):
+    """Also one that repeats a single token, whose steps of the inner descent all add up."""
+    torch.manual_seed(0)
+    model = create(f"neural_memory_{size}").eval()
+    memory, text = None, torch.randint(letters, (1, 16 * model.seq_len))
+    with torch.no_grad():
+        for part in text.split(model.seq_len, 1): memory = carry(model.step(part, memory).memory)
+    assert memory.weights.abs().max() < 10
