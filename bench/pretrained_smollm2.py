@@ -103,36 +103,17 @@ def read(model, ids, window=None):
     return logits, time.process_time() - began, more
 
 
-def train(model, lessons):
-    "Train the gates, a text for each update."
+def train(model, lessons, updates, rate, cool=False):
+    "Train the new weights, a text for each update; with `cool` the rate falls in the second half."
     model.requires_grad_(False)
     new = list(model.memory_parameters().values())
     for p in new: p.requires_grad_(True)
-    optimizer, losses = torch.optim.Adam(new, lr=RATE, betas=(0.9, 0.95)), []
-    for i in range(UPDATES):
+    optimizer, losses = torch.optim.Adam(new, lr=rate, betas=(0.9, 0.95)), []
+    for i in range(updates):
+        if cool: optimizer.param_groups[0]["lr"] = rate * min(1, 2 * (1 - i / updates))
         ids = lessons[i % len(lessons)]
         labels = ids.clone()
         labels[:, :SEGMENT] = -100     # the first segment reads nothing
-        loss = model(ids, labels=labels).loss
-        loss.backward()
-        optimizer.step(), optimizer.zero_grad()
-        losses.append(round(loss.item(), 4))
-        print("update", i, losses[-1], flush=True)
-    return losses
-
-
-def train_tokens(model, lessons, updates):
-    "Train the memory tokens: what the first segment writes must serve the second."
-    model.requires_grad_(False)
-    new = list(model.memory_parameters().values())
-    for p in new: p.requires_grad_(True)
-    optimizer, losses = torch.optim.Adam(new, lr=TOKEN_RATE, betas=(0.9, 0.95)), []
-    for i in range(updates):
-        for group in optimizer.param_groups:
-            group["lr"] = TOKEN_RATE * min(1, 2 * (1 - i / updates))
-        ids = lessons[i % len(lessons)]
-        labels = ids.clone()
-        labels[:, :SEGMENT] = -100
         loss = model(ids, labels=labels).loss
         loss.backward()
         optimizer.step(), optimizer.zero_grad()
@@ -178,7 +159,8 @@ def recurrent():
                for part in ids.split(TOKEN_LESSON, 1) if part.shape[1] == TOKEN_LESSON]
     order = torch.randperm(len(lessons), generator=torch.Generator().manual_seed(0)).tolist()
     began = time.process_time()
-    done["training"]["losses"] = train_tokens(model, [lessons[i] for i in order], TOKEN_UPDATES)
+    done["training"]["losses"] = train(
+        model, [lessons[i] for i in order], TOKEN_UPDATES, TOKEN_RATE, cool=True)
     done["training"]["seconds"] = round(time.process_time() - began)
     done["training"]["lessons"] = len(lessons)
     measure("tokens, trained")
@@ -212,7 +194,8 @@ def main():
         lessons = list(texts(tokenizer, "train", LESSON, 4).values())
         order = torch.randperm(len(lessons), generator=torch.Generator().manual_seed(0)).tolist()
         began = time.process_time()
-        done["training"]["losses"] = train(model, [lessons[i] for i in order])
+        done["training"]["losses"] = train(
+            model, [lessons[i] for i in order], UPDATES, RATE)
         done["training"]["seconds"] = round(time.process_time() - began)
         values = {k: [round(x, 4) for x in p.tolist()] for k, p in model.memory_parameters().items()}
         gates.write_text(json.dumps(values))

@@ -93,7 +93,7 @@ class NeuralMemory(nn.Module):
     ):
         super().__init__()
         self.heads, self.d, self.max_step = heads, d, max_step
-        # Steps of a segment add up, so those of longer segments begin smaller.
+        # Of step, momentum and decay. The steps of a segment add up: long ones begin smaller.
         self.biases = -1 - max(0, math.log2(segment / 16)), 0, -6
         self.to_qkv = nn.Linear(dim, 3 * heads * d, bias=False)
         self.to_gates = nn.Linear(dim, 3 * heads)

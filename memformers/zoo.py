@@ -130,7 +130,7 @@ PRESETS = {
         num_tokens=256, dim=128, depth=4, heads=4, seq_len=64, max_step=0.1),
         "minutes on two cores"),
     "neural_memory_base": Preset(NeuralMemoryTransformer, dict(
-        num_tokens=256, dim=512, depth=12, heads=8, seq_len=128, max_step=0.1, attn_dropout=0.1,
+        num_tokens=256, dim=512, depth=12, heads=8, seq_len=128, max_step=0.02, attn_dropout=0.1,
         ff_dropout=0.1, attn_layer_dropout=0.1, emb_dropout=0.1), "a GPU"),
 }
 

@@ -452,10 +452,15 @@ def test_gradients_reach_the_new_weights_and_nothing_else(family):
     assert all(p.grad is None for name, p in model.named_parameters() if name not in new)
 
 
-def test_trainer_lora_and_files(tmp_path):
+@pytest.mark.parametrize("memory, news", [(dict(knn=KNN), ["gate"]), (dict(recurrent=TOKENS), [
+    "reader.modules_to_save.default." + name for name in ("initial", "size", "project.weight")])],
+    ids=["knn", "recurrent"])
+def test_trainer_lora_and_files(memory, news, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import Trainer, TrainingArguments
-    fresh = lambda: add_memory(base_model("llama", torch.float32), knn=KNN, segment=SEGMENT)
+    def fresh():
+        torch.manual_seed(0)   # memory tokens begin as words drawn at random
+        return add_memory(base_model("llama", torch.float32), segment=SEGMENT, **memory)
     x = [dict(input_ids=row, labels=row) for row in text(8, 22)]
     model = get_peft_model(fresh(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM",
                                                modules_to_save=["reader"]))
@@ -465,8 +470,8 @@ def test_trainer_lora_and_files(tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     Trainer(model, arguments, train_dataset=x).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved and all("lora" in name or "modules_to_save" in name for name in moved)
-    assert any("gate" in name for name in moved)
+    assert all("lora" in name or "modules_to_save" in name for name in moved)
+    assert all(any(part in name for name in moved) for part in ["lora", *news])
     model.eval()
     want = model(text()).logits
     assert torch.equal(PeftModel.from_pretrained(fresh(), tmp_path / "checkpoint-4").eval()(

@@ -196,30 +196,6 @@ def test_a_snapshot_is_forked_and_restored_by_row(family, at):
 
 # training
 
-def test_trainer_lora_and_files(tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import Trainer, TrainingArguments
-    def fresh():
-        torch.manual_seed(0)
-        return add_memory(base_model("llama", torch.float32), recurrent=TOKENS, segment=SEGMENT)
-    x = [dict(input_ids=row, labels=row) for row in text(8, 22)]
-    model = get_peft_model(fresh(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM",
-                                               modules_to_save=["reader"]))
-    arguments = TrainingArguments(tmp_path, max_steps=4, learning_rate=0.1, report_to=[],
-                                  per_device_train_batch_size=4, use_cpu=True, save_steps=4,
-                                  disable_tqdm=True)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    Trainer(model, arguments, train_dataset=x).train()
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert all("lora" in name or "modules_to_save" in name for name in moved)
-    assert sum("lora" in name for name in moved) and sum("reader" in name for name in moved) == 3
-    model.eval()
-    want = model(text()).logits
-    again = PeftModel.from_pretrained(fresh(), tmp_path / "checkpoint-4").eval()
-    assert torch.equal(again(text()).logits, want)
-    assert model.generate(text(), max_new_tokens=9).shape == (2, 34)
-
-
 def test_trainer_alone_resumes(tmp_path):
     from transformers import Trainer, TrainingArguments
     x = [dict(input_ids=row, labels=row) for row in text(8, 22)]

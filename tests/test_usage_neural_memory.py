@@ -105,13 +105,24 @@ def test_gates_are_of_single_tokens():
     assert memory.weights.isfinite().all()
 
 
-@pytest.mark.parametrize("size", ["tiny", "small"])
+def largest_weight(model, letters, segments=10):
+    """Of the memory after some segments of a text with so many different tokens."""
+    torch.manual_seed(0)
+    memory, text = None, torch.randint(letters, (1, segments * model.seq_len))
+    with torch.no_grad():
+        for part in text.split(model.seq_len, 1): memory = carry(model.step(part, memory).memory)
+    return memory.weights.abs().max()
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
 @pytest.mark.parametrize("letters", [1, 256])
 def test_a_fresh_preset_reads_any_text_for_long(size, letters):
     """Also one that repeats a single token, whose steps of the inner descent all add up."""
     torch.manual_seed(0)
-    model = create(f"neural_memory_{size}").eval()
-    memory, text = None, torch.randint(letters, (1, 16 * model.seq_len))
-    with torch.no_grad():
-        for part in text.split(model.seq_len, 1): memory = carry(model.step(part, memory).memory)
-    assert memory.weights.abs().max() < 10
+    assert largest_weight(create(f"neural_memory_{size}").eval(), letters) < 10
+
+
+@pytest.mark.parametrize("n", [16, 64, 256])
+def test_steps_of_long_segments_begin_smaller(n):
+    """So many tokens are written together that steps of one size would overshoot."""
+    assert largest_weight(small(num_tokens=256, dim=128, depth=4, heads=4, seq_len=n).eval(), 256) < 10
