@@ -1,5 +1,6 @@
 "The notebooks: they run, they are clean, the modules are what they export."
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,49 @@ def test_tutorial_runs_in_a_real_kernel():
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources=resources).execute()
+
+
+COLAB = "https://colab.research.google.com/github/"
+LESSONS = [path for path in NOTEBOOKS  # tutorials and mechanisms
+           if path.parent.name == "tutorials" or re.match("[23]", path.name)]
+
+
+@each_notebook
+def test_lessons_can_be_opened_in_colab(path):
+    "Right below the title; every such link leads to the notebook that it stands in."
+    user, repo, branch = (settings()[key] for key in ("user", "repo", "branch"))
+    link = f"{COLAB}{user}/{repo}/blob/{branch}/{path.relative_to(ROOT).as_posix()}"
+    cells = nbformat.read(path, as_version=4).cells
+    assert {target for cell in cells for target in re.findall(rf"{COLAB}[^)\s\"']*", cell.source)} \
+        == ({link} if path in LESSONS else set())
+    if path in LESSONS: assert cells[1].source == f"[Open in Colab]({link})"
+
+
+class FakeShell:
+    "Writes down what a cell asks of IPython."
+    def __init__(self, where): self.where, self.asked = where, []
+    def __str__(self): return f"<{self.where}.Shell object>"
+    def run_line_magic(self, name, line): self.asked.append(f"{name} {line}")
+    def system(self, line): self.asked.append(line)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=[path.name for path in LESSONS])
+def test_the_package_is_installed_on_colab_and_nowhere_else(path):
+    "By the first code cell, which the site hides, as the start page says how."
+    first, url = code_cells(path)[0], settings()["git_url"]
+    assert first.source.startswith("#| hide\n") and not first.outputs
+    def asked(where):
+        shell = FakeShell(where)
+        exec(first.source, dict(get_ipython=lambda: shell))
+        return shell.asked
+    assert asked("ipykernel.zmqshell") == []
+    package = f"torch-memformers[cpu] @ git+{url}"
+    install, *more = asked("google.colab._shell")
+    assert install == f"pip install -q '{package}'"
+    assert f'pip install "{package}"' in (ROOT / "README.md").read_text(encoding="utf-8")
+    # What a page reads from the repository has to be there too.
+    reads = any("settings.ini" in cell.source for cell in code_cells(path))
+    assert more == ([f"git clone -q --depth 1 {url}", f"cd {settings()['repo']}"] if reads else [])
 
 
 @each_notebook

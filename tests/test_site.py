@@ -166,6 +166,17 @@ def test_source_is_folded_where_the_page_does_not_discuss_it(tmp_path):
     assert folds("howto/page.ipynb") == ["show", "true", "true", None, None]
 
 
+def test_tutorials_and_mechanisms_open_in_colab(site):
+    "By a link without a picture, so that the site asks nobody; what installs there is not shown."
+    button = 'href="https://colab.research.google.com/github/memformers/memformers/blob/main/nbs/'
+    pages = {path.relative_to(site).as_posix(): path.read_text(encoding="utf-8")
+             for path in site.rglob("*.html")}
+    found = {name for name, text in pages.items() if f'<a {button}' in text}
+    assert {"transformer_xl.html", "tutorials/first_memory.html"} <= found and len(found) >= 15
+    assert {name for name in pages if name.startswith("tutorials/")} <= found
+    assert not [name for name, text in pages.items() if "get_ipython" in text]
+
+
 def test_signatures_show_no_links(site):
     for path in site.rglob("*.html"):
         code = re.findall(r"<pre class=\"sourceCode python\">.*?</pre>",
