@@ -139,11 +139,11 @@ MECHANISMS = [
               tie_embeddings=True)),
     Mechanism("block_recurrent_states_only", BlockRecurrentTransformer, dict(
               num_states=3, mem_len=0, recurrent_layer=3)),
-    Mechanism("neural_gate", NeuralMemoryTransformer, dict(wiring="gate", max_step=.1)),
+    Mechanism("neural_gate", NeuralMemoryTransformer, dict(wiring="gate")),
     Mechanism("neural_layer", NeuralMemoryTransformer, dict(
               wiring="layer", memory_depth=1, dim_head=5, ff_glu=True, emb_dim=8,
-              tie_embeddings=True, max_step=.1)),
-    Mechanism("neural_context", NeuralMemoryTransformer, dict(wiring="context", expand=1, max_step=.1)),
+              tie_embeddings=True)),
+    Mechanism("neural_context", NeuralMemoryTransformer, dict(wiring="context", expand=1)),
 ]
 
 

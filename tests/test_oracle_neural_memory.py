@@ -26,15 +26,43 @@ def ask(weights, x):
 def learned(memory, head, state, pairs):
     """Weights and momentum of a head after a segment, token by token."""
     weights, momentum = state
-    start, most, grads = memory.initial[head] + weights, memory.max_step, []
+    start, grads = memory.initial[head] + weights, []
     for k, v, *_ in pairs:
         error = (ask(start, k) - v).square().sum()
         grads.append(torch.autograd.grad(error, start, create_graph=True)[0])
-    w = start
-    for (_, _, theta, eta, alpha), g in zip(pairs, grads):
-        momentum = sigmoid(eta) * momentum - most * sigmoid(theta - 1) * g
-        w = (1 - sigmoid(alpha - 6)) * w + momentum
+    gates = [(memory.max_step * sigmoid(theta - 1), sigmoid(eta), sigmoid(alpha - 6))
+             for _, _, theta, eta, alpha in pairs]
+    w, share = start, damping(start, [k for k, *_ in pairs], gates)
+    for (theta, eta, alpha), g in zip(gates, grads):
+        momentum = eta * momentum - share * theta * g
+        w = (1 - alpha) * w + momentum
     return w - memory.initial[head], momentum
+
+
+def damping(start, keys, gates):
+    """What share of the steps is taken: one unit of each gradient, and of the old momentum, is
+    followed through the segment."""
+    moved, left = [], []      # what each step has moved at the end, and its part of the momentum
+    for i in range(-1, len(keys)):   # -1: the momentum from before
+        weight, momentum = start.new_zeros(()), start.new_tensor(float(i < 0))
+        for j, (theta, eta, alpha) in enumerate(gates):
+            momentum = eta * momentum + (theta if i == j else 0)
+            weight = (1 - alpha) * weight + momentum
+        moved.append(weight)
+        left.append(momentum)
+    (c, *w), (b, *s) = moved, left
+    row = lambda i, scale: sum(x * alike(start, keys[i], key) for x, key in zip(scale, keys))
+    w, s = (max(row(i, scale) for i in range(len(keys))) for scale in (w, s))
+    return 1 / max(torch.ones(()).double(), 2 * (w + s * c / (1 - b)))
+
+
+def alike(weights, x, y):
+    """How much a step for one key changes what another one finds, at most."""
+    d = len(x)
+    if len(weights) == d * d: return abs(x @ y)
+    first, second = weights.chunk(2)
+    hidden = [silu(first.view(d, -1).T @ key) for key in (x, y)]
+    return abs(hidden[0] @ hidden[1]) + 1.21 * (second * second).sum() * abs(x @ y)
 
 
 def convolved(kernel, inputs):
