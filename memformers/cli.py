@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import __version__
-from .compare import _scale, run_suite
+from .compare import _as_folder, _scale, run_suite
 from .data import (ByteTokenizer, DocumentStream, Segment, _at_least, _in_tokens_of,
                              load_corpus)
 from .evaluate import MODES, Estimate, Evaluation, known_modes
@@ -101,23 +101,42 @@ def _new_model(model: str, options: str, tokenizer: str = "") -> MemoryLM:
     if model in PRESETS: return create(model, tokenizer=tokenizer or None,
                                        **_model_options(options, PRESETS[model].model_class))
     if not Path(model).is_dir() and "/" not in model: return create(model)  # says what there is
+    _refuse_run(model)
     for name, given in dict(options=options, tokenizer=tokenizer).items():
         if given: raise ValueError(f"{name}: goes with a named model only; a saved one has its own")
     return load_model(model)
 
+def _saved_in(run: Path) -> Path | None:
+    "Where the model of a run is: the finished one, else its newest checkpoint."
+    places = (run / "model", latest_checkpoint(run) if run.is_dir() else None)
+    return next((p for p in places if p and (p / "config.json").is_file()), None)
+
+def _is_run(folder: Path) -> bool:
+    "Is it the folder of a run, and not that of a model?"
+    return (folder / "options.json").is_file() and not (folder / "config.json").is_file()
+
+def _refuse_run(model: str):
+    "A run is no model: say how to go on with it, and how to begin from what it has learned."
+    run = Path(model)
+    if not _is_run(run): return
+    note, saved = run / "command.txt", _saved_in(run)
+    began = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
+    way = f"; to begin a new run from its model, train {saved}" if saved else ""
+    raise ValueError(f"model: {model} is the folder of a run. To go on with it, type the command "
+                     f"that began it again{began and ': ' + began}{way}")
+
 def _note_command(folder: Path):
-    "Write down the command that started a run."
-    if (folder / "command.txt").exists(): return
+    "Write down the command that started a run: the first one that came to a checkpoint."
+    if (folder / "command.txt").exists() and latest_checkpoint(folder): return
     with atomic_write(folder / "command.txt") as draft:
         draft.write_text(shlex.join(["memformers", *sys.argv[1:]]) + "\n", encoding="utf-8")
 
 def _find_model(folder: str, cpu: bool) -> MemoryLM:
-    "The model of a run (the finished one, else its newest checkpoint), or a saved model."
-    run = Path(folder)
-    for place in (run / "model", latest_checkpoint(run) if run.is_dir() else None, run):
-        if place is not None and (place / "config.json").is_file():
-            return load_model(place, map_location=_device(cpu))
-    return load_model(folder, map_location=_device(cpu))
+    "The model of a run, or a saved model."
+    saved = _saved_in(Path(folder))
+    if not saved and _is_run(Path(folder)):
+        raise FileNotFoundError(f"folder: {folder} is a run that has no checkpoint yet: train on")
+    return load_model(saved or folder, map_location=_device(cpu))
 
 # %% ../nbs/46_cli.ipynb #456ef214
 _VALID = 0.05  # share of the text that is held out, unless another one is given
@@ -128,8 +147,21 @@ def _shares(valid_share: float) -> dict:
         raise ValueError(f"valid_share: expected above 0 and below {1 - _VALID}, got {valid_share}")
     return {} if valid_share == _VALID else dict(valid=valid_share)
 
-def _check_cut(cut: int):
-    if _at_least("cut", cut, 0) == 1: raise ValueError("cut: expected 0 or at least 2, got 1")
+def _check_length(name: str, value: int):
+    if _at_least(name, value, 0) == 1: raise ValueError(f"{name}: expected 0 or at least 2, got 1")
+
+def _check_seed(seed: int):
+    if _at_least("seed", seed, 0) >= 1 << 63:
+        raise ValueError(f"seed: expected less than 2**63, got {seed}")
+
+def _held_out(net: MemoryLM, corpus: str, shares: dict) -> bool:
+    "Is there text that `evaluate` reads by itself? The hub is not asked a second time."
+    if corpus.startswith("hf:"): return True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # what is skipped has been said
+            return len(_in_tokens_of(net, load_corpus(corpus, "valid", **shares))) > 0
+    except ValueError: return False
 
 def train(
     model: str,                  # a named model (see `memformers models`) or a saved one
@@ -146,7 +178,7 @@ def train(
     min_lr: float = 0.1,         # learning rate at the end, as a fraction of lr
     warmup: int = 100,           # updates until lr is reached
     weight_decay: float = 0.1,   # of AdamW
-    clip: float = 1.0,           # longest gradient
+    clip: float = 1.0,           # longest gradient; 0: any
     mixed_precision: str = "no", # no, bf16 or fp16
     seed: int = 0,               # of weights, order of documents and dropout
     save_every: int = 1000,      # updates between checkpoints
@@ -157,25 +189,30 @@ def train(
     tokenizer: str = "",         # a tokenizer.json, or a folder with one; default: bytes
 ):
     "Train a model on a corpus, or go on with a run that was stopped."
-    _check_cut(cut)
+    _check_length("cut", cut)
+    _check_seed(seed)
     settings = TrainOptions(
         steps=steps, batch_size=batch_size, segments=segments or None,
         curriculum=curriculum or None, accumulate=accumulate, lr=lr, min_lr=min_lr,
-        warmup=min(warmup, steps), weight_decay=weight_decay, clip=clip,
+        warmup=min(warmup, steps), weight_decay=weight_decay, clip=clip or None,
         seed=seed, mixed_precision=mixed_precision, save_every=save_every, log_every=log_every,
         tensorboard=tensorboard, cpu=cpu)
     shares = _shares(valid_share)
+    folder = _as_folder("folder", folder or f"runs/{Path(model).name}")
     torch.manual_seed(seed)
     net = _new_model(model, options, tokenizer)
     texts = _in_tokens_of(net, load_corpus(corpus, **shares))
     if cut: texts = texts.cut(cut)
-    folder = Path(folder or f"runs/{Path(model).name}")
+    if not (held_out := _held_out(net, corpus, shares)):
+        warnings.warn(f"corpus: too little text to hold any of {texts.name} out: --split all "
+                      "evaluates on what was trained on", stacklevel=2)
     _note_command(folder)
     done = train_model(net, texts, folder, settings)
     if done.accelerator.is_main_process and not done.interrupted:
         net.generate_model_card(corpus=texts).save(folder / "model/README.md")
         again = shlex.join(["memformers", "evaluate", str(folder), "--corpus", str(corpus)]
-                           + ["--valid-share", str(valid_share)] * bool(shares))
+                           + ["--valid-share", str(valid_share)] * bool(shares)
+                           + ["--split", "all"] * (not held_out))
         print(f"The model is in {folder / 'model'}. Evaluate it with:\n    {again}")
     return done
 
@@ -194,16 +231,16 @@ def evaluate(
     cut: int = 0,            # cut documents into pieces of so many tokens; 0: do not
 ):
     "Score a model on held-out documents with its memory on, off, foreign and shuffled."
-    counts = dict(documents=documents, max_tokens=max_tokens)
-    for name, value in counts.items(): _at_least(name, value, 0)
+    _at_least("documents", documents, 0)
     _at_least("batch_size", batch_size, 1)
-    _check_cut(cut)
+    for name, value in dict(cut=cut, max_tokens=max_tokens).items(): _check_length(name, value)
     _shares(valid_share)
     if split not in (splits := ("valid", "test", "train", "all")):
         raise ValueError(f"split: expected one of {' '.join(splits)}, got {split!r}")
     unknown = [mode for mode in modes.split() if mode.rpartition(".")[2] not in MODES]
     if unknown: raise ValueError(f"modes: expected some of {' '.join(MODES)}, or such as knn.off; "
                                  f"got {' '.join(unknown)}")
+    where = _as_folder("out", out or Path(folder if Path(folder).is_dir() else ".") / "evaluation")
     model = _find_model(folder, cpu)
     texts = load_corpus(corpus, None if split == "all" else split, **_shares(valid_share))
     texts = _in_tokens_of(model, texts)
@@ -212,10 +249,9 @@ def evaluate(
     # Without any, those that the documents allow.
     result = evaluate_model(model, texts, modes.split() or None, batch_size,
                             max_tokens=max_tokens or None, progress=sys.stderr.isatty())
-    where = Path(out or Path(folder if Path(folder).is_dir() else ".") / "evaluation")
     _write_evaluation(result, where)
     _write_card(Path(folder), model, result)
-    print(f"{result.table()}\n\nNumbers and figure: {where}")
+    print(f"{_as_typed(result.table())}\n\nNumbers and figure: {where}")
     return result
 
 # %% ../nbs/46_cli.ipynb #e038cff0
@@ -225,7 +261,7 @@ def _write_evaluation(result: Evaluation, where: Path):
     where.mkdir(parents=True, exist_ok=True)
     result.to_json(where / "evaluation.json")
     with atomic_write(where / "evaluation.md") as draft:
-        draft.write_text(result.table() + "\n", encoding="utf-8")
+        draft.write_text(_as_typed(result.table()) + "\n", encoding="utf-8")
     series = {mode: result.by_position(mode)[1:] for mode in result.modes if mode in MODES}
     position = "bytes" if result.unit == "byte" and (result.num_bytes == result.tokens).all() \
         else "tokens"
@@ -303,8 +339,8 @@ def generate(
     cpu: bool = False,        # do not use an accelerator
 ):
     "Continue a text."
-    for name, value in dict(length=length, top_k=top_k, seed=seed).items():
-        _at_least(name, value, 0)
+    for name, value in dict(length=length, top_k=top_k).items(): _at_least(name, value, 0)
+    _check_seed(seed)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a number from 0, got {temperature}")
     for name, share in dict(top_p=top_p, min_p=min_p).items():
@@ -517,11 +553,12 @@ def demo(
     cpu: bool = False,                     # do not use an accelerator
 ):
     "Train a model with memory and the same one without, and see what the memory is worth."
-    for name, value in dict(documents=documents, max_tokens=max_tokens, seed=seed).items():
-        _at_least(name, value, 0)
+    _at_least("documents", documents, 0)
+    _check_length("max_tokens", max_tokens)
+    _check_seed(seed)
     _at_least("episodes", episodes, 1)
     TrainOptions(steps=steps)  # says what is wrong with them
-    began, folder, net = time.time(), Path(folder), _demo_model(model)
+    began, folder, net = time.time(), _as_folder("folder", folder), _demo_model(model)
     held_out = load_corpus("stdlib", "valid")
     if documents: held_out = held_out.take(documents)
     weights = sum(p.numel() for p in net.parameters()) / 1e6
@@ -557,9 +594,27 @@ def compare(
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError, torch.OutOfMemoryError,
              SafetensorError, NonFiniteLoss)
 
+_AS_TYPED = {   # what the package says → what is typed here
+    "corpus.cut(max_tokens)": "--cut",
+    "a larger share, or split=None": "another --valid-share, or evaluate with --split all",
+    "use text_files with a folder of your own": "give a folder of your own by --corpus",
+    "by cache= or $MEMFORMERS_CACHE": "by $MEMFORMERS_CACHE",
+    "give it as path=": "put it there without .part",
+    "source has tokens": "corpus has tokens",
+    "make it with num_tokens=": "make it with --options num_tokens=",
+    "segments=2": "--segments 2", "cpu=True": "--cpu", "tensorboard=True": "--tensorboard",
+    ", or None;": ", or 0;", "'fp16' or None": "'fp16'",
+}
+
+def _as_typed(text: str) -> str:
+    "A text of the package, with options in the place of Python's arguments."
+    for said, typed in _AS_TYPED.items(): text = text.replace(said, typed)
+    return text
+
 def _message(error: Exception) -> str:
     "An error in one line; after a full disk with the way out."
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = _as_typed(" ".join(str(error).split())) or type(error).__name__
+    line = re.sub(r"^\[Errno \d+\] ", "", line)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in line:
         line += (". Free some space and type the same command again: a run goes on from its last "
                  "checkpoint")
@@ -568,7 +623,7 @@ def _message(error: Exception) -> str:
 def _run(command, options: dict) -> int:
     "Call a command; an error is one line, and so is a warning."
     def tell(text): print(f"memformers {command.__name__}: {text}", file=sys.stderr)
-    def warn(message, *_): tell(f"warning: {' '.join(str(message).split())}")
+    def warn(message, *_): tell(f"warning: {_as_typed(' '.join(str(message).split()))}")
     with warnings.catch_warnings():
         warnings.showwarning = warn
         try:
@@ -625,7 +680,8 @@ def _parse(command, words: list[str]) -> dict:
     words = [_option(word) if word.startswith("--") else word for word in words]
     found, words = first.parse_known_args(words)
     try: more = _from_file(found.config) if found.config else []
-    except (OSError, ValueError) as error: parser.error(f"config: {found.config}: {error}")
+    except (OSError, ValueError) as error: parser.error(
+        f"config: {found.config}: {getattr(error, 'strerror', None) or error}")
     return vars(parser.parse_args(more + words))
 
 # %% ../nbs/46_cli.ipynb #25a732f1

@@ -66,6 +66,16 @@ class Trial:
     corpus: str = ""                  # whose text is the filler, as `load_corpus` knows it
     unit = "share right"
 
+    def __post_init__(self):
+        for name, tasks in dict(lessons=self.lessons, columns=self.columns).items():
+            kind = dict if name == "columns" else (tuple, list)
+            each = isinstance(tasks, kind) and [*(tasks.values() if kind is dict else tasks)]
+            if not each or not all(isinstance(task, RecallTask) for task in each):
+                raise TypeError(f"{name}: expected at least one RecallTask, got {tasks!r:.80}")
+        for name in ("episodes", "num_tokens"): _at_least(name, getattr(self, name), 1)
+        if not isinstance(self.corpus, str):
+            raise TypeError(f"corpus: expected a name that load_corpus knows, got {self.corpus!r}")
+
     def stream(self, batch_size: int, seq_len: int, seed: int) -> Stream:
         "Lessons without end."
         return TaskStream(self.lessons, batch_size, seq_len, seed)
@@ -108,6 +118,12 @@ def recall_lesson(
     vocab: int = 32,   # filler, keys, values
 ) -> StateTask:
     "Associative recall with questions at random places, for training."
+    if not 4 <= _at_least("vocab", vocab, 4) <= 256:
+        raise ValueError(f"vocab: expected 4 to 256, got {vocab}")
+    if _at_least("pairs", pairs, 1) > vocab // 2 - 1:
+        raise ValueError(f"pairs: expected at most {vocab // 2 - 1}, as many as vocab={vocab} has "
+                         f"keys, got {pairs}")
+    _at_least("length", length, 4 * pairs)
     return StateTask(f"recall_lesson(pairs={pairs}, vocab={vocab})",
                      partial(_draw_lesson, pairs=pairs, vocab=vocab), length,
                      chance=2 / vocab, least=4 * pairs)
@@ -122,6 +138,12 @@ class Reading:
     num_tokens = 256
     unit = "bits per byte"
     columns = {"own memory": "on", "memory off": "off", "foreign memory": "foreign"}  # → mode
+
+    def __post_init__(self):
+        if not isinstance(self.corpus, str) or not self.corpus:
+            raise TypeError(f"corpus: expected a name that load_corpus knows, got {self.corpus!r}")
+        _at_least("documents", self.documents, 1)
+        _at_least("max_tokens", self.max_tokens, 2)
 
     def stream(self, batch_size: int, seq_len: int, seed: int) -> Stream:
         "Documents without end."
@@ -180,12 +202,27 @@ TASKS = {
 }
 
 @cache
-def _trial(name: str) -> Trial | Reading: return TASKS[name]()
+def _trial(name: str) -> Trial | Reading:
+    if name not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}; put your own "
+                         "into TASKS")
+    return TASKS[name]()
 
 # %% ../nbs/45_compare.ipynb #2a45817a
 _RECIPE = 1   # to be raised when the code gives a run another meaning
 _ON_CPU = ("device", "cpu")   # is not part of the hash
 _SEARCH_SEED = 100   # of the runs that choose a rate, and of nothing else
+
+def _is_a(name: str, value, kind):
+    "Refuse a value of another type."
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {value!r:.80}")
+
+def _check_rate(name: str, rate):
+    "A learning rate is a number above 0."
+    number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    if not number or not 0 < rate < math.inf:
+        raise ValueError(f"{name}: expected a number above 0, got {rate!r}")
 
 @dataclass(frozen=True)
 class Run:
@@ -204,6 +241,18 @@ class Run:
     lr: float | None = None    # None: the best of them
     memory: bool = True # False: each segment begins with a fresh memory, in training and scores
     device: str = "cpu" # or "cuda"
+
+    def __post_init__(self):
+        for name in ("task", "mechanism", "model", "device"): _is_a(name, getattr(self, name), str)
+        for name in ("kib", "seed"): _at_least(name, getattr(self, name), 0)
+        for name in ("steps", "batch_size", "seq_len", "segments"):
+            _at_least(name, getattr(self, name), 1)
+        _is_a("options", self.options, dict)
+        _is_a("memory", self.memory, bool)
+        if not isinstance(self.rates, (tuple, list)) or not self.rates:
+            raise TypeError(f"rates: expected at least one learning rate, got {self.rates!r}")
+        for rate in self.rates: _check_rate("rates", rate)
+        if self.lr is not None: _check_rate("lr", self.lr)
 
     @property
     def row(self) -> str:
@@ -304,6 +353,11 @@ def trained(
     lr: float,     # the chosen rate
 ) -> tuple[MemoryLM, list[float], str | None]:  # losses in nats; why it failed, None: it did not
     "Train the model of a run: the same model each time."
+    _is_a("run", run, Run)
+    _check_rate("lr", lr)
+    _trial(run.task)   # refuses a task that there is not
+    if run.model not in MODELS:
+        raise ValueError(f"run: expected a model of {', '.join(MODELS)}, got {run.model!r}")
     torch.manual_seed(run.seed)
     model = MODELS[run.model](**run.options)
     _scale(model)
@@ -382,6 +436,9 @@ def _ff_mult(cls, options: tuple, parameters: int) -> float:
         with torch.device("meta"): return budget(cls(**dict(options), ff_mult=mult))["parameters"]
     few, more = count(1), count(2)
     mult = 1 + (parameters - few) / (more - few)
+    if round(mult, 3) <= 0:
+        raise ValueError(f"parameters: expected more than {2 * few - more:,}, which the model has "
+                         f"besides its feed-forward layers; got {parameters:,}")
     return round(mult, 3)
 
 def sized(
@@ -390,6 +447,13 @@ def sized(
     parameters: int,   # to come near to
 ) -> dict:             # the options, with `ff_mult`
     "Options of a model with a given number of parameters."
+    if not isinstance(cls, type) or not issubclass(cls, MemoryLM):
+        raise TypeError(f"cls: expected a class of models, a MemoryLM, got {cls!r:.80}")
+    _is_a("options", options, dict)
+    if "ff_mult" in options:
+        raise ValueError("options: expected none for ff_mult, which is what is looked for, got "
+                         f"{options['ff_mult']!r}")
+    _at_least("parameters", parameters, 1)
     key = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items())
     return options | dict(ff_mult=_ff_mult(cls, key, parameters))
 
@@ -457,7 +521,7 @@ def suite(
     name: str,   # a key of `SUITES`
 ) -> list[Run]:
     "The runs of a suite in their order, those that choose learning rates included."
-    if name not in SUITES:
+    if not isinstance(name, str) or name not in SUITES:
         raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
     found = {}
     for run in SUITES[name]():
@@ -468,6 +532,22 @@ def suite(
 _FORMAT = "memformers.run.1"
 
 def _path(folder, run: Run) -> Path: return Path(folder) / f"{run.name}.json"
+
+def _as_folder(name: str, folder) -> Path:
+    "An argument that is a folder, or becomes one."
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder):
+        raise TypeError(f"{name}: expected the path of a folder, got {folder!r}")
+    path = Path(folder)
+    there = next((place for place in (path, *path.parents) if place.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise NotADirectoryError(f"{name}: expected a folder, but {there} is a file")
+    return path
+
+def _all_runs(runs) -> list[Run]:
+    "The argument `runs`."
+    if not isinstance(runs, (list, tuple)) or not all(isinstance(run, Run) for run in runs):
+        raise TypeError(f"runs: expected a list of runs, as suite gives it, got {runs!r:.80}")
+    return list(runs)
 
 def _read(path) -> dict:
     "A finished run."
@@ -543,6 +623,10 @@ def work(
     wait: float = 2.0,    # seconds between two looks at runs that others do
 ):
     "Do the runs that have no result yet, one after the other, until all have one."
+    folder, runs = _as_folder("folder", folder), _all_runs(runs)
+    if not callable(tell): raise TypeError(f"tell: expected a function of a line, got {tell!r}")
+    if not isinstance(wait, (int, float)) or not 0 <= wait < math.inf:
+        raise ValueError(f"wait: expected seconds from 0, got {wait!r}")
     while True:
         found = []
         for run in runs:
@@ -562,7 +646,8 @@ def run_suite(
 ) -> list[Run]:            # what has no result yet
     "Do the runs of a suite that have no result yet."
     _at_least("jobs", jobs, 1)
-    folder, runs = Path(folder or f"evidence/{name}"), _some(suite(name), only)
+    runs = _some(suite(name), only)
+    folder = _as_folder("folder", folder or f"evidence/{name}")
     missing = [run for run in runs if not _path(folder, run).exists()]
     if dry_run: print(plan(runs, folder))
     elif any(run.device == "cuda" for run in missing) and not torch.cuda.is_available():
@@ -573,6 +658,7 @@ def run_suite(
 
 def _some(runs, only: str) -> list[Run]:
     "Those whose task and row contain one of the words."
+    _is_a("only", only, str)
     wanted = only.lower().split()
     said = lambda run: f"{run.task} {run.row}".lower()
     found = [run for run in runs if not wanted or any(word in said(run) for word in wanted)]
@@ -606,8 +692,8 @@ def plan(
     folder,            # of the results
 ) -> str:
     "A table of what has no result yet, and about how long it takes."
-    speeds, todo = {}, {}
-    for run in runs:
+    folder, speeds, todo = _as_folder("folder", folder), {}, {}
+    for run in _all_runs(runs):
         path = _path(folder, run)
         if path.exists():
             speed = _tokens(run) / _read(path)["measured"]["seconds"]
@@ -646,16 +732,25 @@ class Results:
         "What was asked on a task."
         return next([*r["task"]["columns"]] for r in self.records if r["run"]["task"] == task)
 
+def _placed(path, record: dict) -> dict:
+    "A record with its row and where this stands in a table."
+    try: run = Run(**record["run"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not the result of a run ({error})") from error
+    for what, known in (("task", [*TASKS]), ("mechanism", [*_CONTROLS, *MECHANISMS])):
+        if getattr(run, what) not in known:
+            raise ValueError(f"{path} has the {what} {getattr(run, what)!r}, which is not one of "
+                             f"{', '.join(known)}")
+    order = not run.memory, run.kib, [*_CONTROLS, *MECHANISMS].index(run.mechanism), run.seed
+    return record | dict(row=run.row, order=order)
+
 def load_results(
     folder,   # with the files of finished runs
 ) -> Results:
     "Read the results of a folder, in the order of mechanisms, levels and seeds."
-    records = [_read(path) for path in sorted(Path(folder).glob("*.json"))]
-    for record in records:
-        run = Run(**record["run"])
-        record["row"] = run.row
-        record["order"] = (not run.memory, run.kib, [*_CONTROLS, *MECHANISMS].index(run.mechanism),
-                           run.seed)
+    if not _as_folder("folder", folder).is_dir():
+        raise FileNotFoundError(f"folder: expected a folder with results, {folder} does not exist")
+    records = [_placed(path, _read(path)) for path in sorted(Path(folder).glob("*.json"))]
     kept = [record for record in records if record["run"]["lr"] is None]
     tasks = [*TASKS]
     return Results(sorted(kept, key=lambda r: (tasks.index(r["run"]["task"]), r["order"])))
@@ -681,6 +776,23 @@ def _interval(value, drawn, share: float = .95) -> Estimate:
     low, high = np.quantile(drawn, [(1 - share) / 2, (1 + share) / 2])
     return Estimate(float(value), float(low), float(high))
 
+def _check_asked(results, task, **asked):
+    "Refuse rows and columns that there are not; what has no result yet is something else."
+    _is_a("results", results, Results)
+    if task not in (known := [*dict.fromkeys([*results.tasks, *TASKS])]):
+        raise ValueError(f"task: expected one of {', '.join(known)}, got {task!r}")
+    rows = results.rows(task)
+    columns = results.columns(task) if rows else ()
+    for name, value in asked.items():
+        if isinstance(value, tuple): value = list(value)
+        if name in ("rows", "columns"): _is_a(name, value, list)
+        else: value = [value]
+        for each in value:
+            _is_a(name, each, str)
+            has = columns if name in ("column", "columns") else rows
+            if not (each in has or not rows or has is rows and _base(each) in KINDS_OF):
+                raise ValueError(f"{name}: expected one of {'; '.join(has)}, got {each!r}")
+
 def estimate(
     results: Results,
     task: str,
@@ -690,6 +802,10 @@ def estimate(
     share: float = .95,       # of the interval
 ) -> Estimate:
     "A score, or a paired difference of scores, with its interval over seeds and episodes."
+    _check_asked(results, task, row=row, column=column)
+    if minus is not None: _check_asked(results, task, minus=minus)
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError(f"share: expected above 0 and below 1, got {share!r}")
     a = results.of(task, row)
     b = results.of(task, minus) if minus else a
     scored = lambda record: column in record["result"].get("scores", ())
@@ -708,6 +824,7 @@ def table(
     columns: list[str] | None = None, # None: all
 ) -> str:
     "Scores and budgets as a markdown table."
+    _check_asked(results, task, columns=[] if columns is None else columns)
     if not results.rows(task): return f"No run of the task {task} has a result yet."
     columns = columns or results.columns(task)
     lines = ["| model | bytes | parameters | rate | tokens/s, training | tokens/s, generating "
@@ -743,6 +860,7 @@ def differences(
     minus: str,      # the row that is subtracted from every other
 ) -> str:
     "Paired differences to one model as a markdown table, with the number of comparisons."
+    _check_asked(results, task, minus=minus, column=column)
     rows = [row for row in results.rows(task) if row != minus]
     if minus not in results.rows(task): return f"{minus} has no result on the task {task} yet."
     lines = [f"| model | {column}, minus {minus} [95 %] | holds for all together |", "|---|--:|--|"]
@@ -761,7 +879,7 @@ def missing(
     folder,      # of its results
 ) -> str:
     "Which runs have no result yet, in a sentence."
-    runs = suite(name)
+    runs, folder = suite(name), _as_folder("folder", folder)
     left = [run for run in runs if not _path(folder, run).exists()]
     if not left: return f"All {len(runs)} runs of the suite {name} have results."
     begun, rows = {run.task for run in runs if run not in left}, {}
@@ -791,7 +909,10 @@ def score_figure(
 ):                        # the `Axes`
     "Scores with their intervals: a line for each model, a panel for each column."
     from memformers.plots import PALETTE, figure, style   # draws only when asked to
-    rows = rows or results.rows(task)
+    _check_asked(results, task, rows=[] if rows is None else rows, columns=columns)
+    if not columns: raise ValueError(f"columns: expected at least one, got {columns!r}")
+    if not (rows := rows or results.rows(task)):
+        raise ValueError(f"task: expected one with results, {task!r} has none yet")
     with style():
         fig, axes = figure(width=max(6.4, 2.2 * len(columns) + 2), height=.9 + .22 * len(rows),
                            ncols=len(columns), title=title)

@@ -1,13 +1,17 @@
 """The command line: a whole run, the demo in small, and errors of one line."""
+import ast
 import errno
 import inspect
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,10 +240,23 @@ def test_the_headline_is_the_difference_to_the_model_trained_without():
     ("train transformer_xl_tiny --cut -5", "cut: expected"),
     ("train transformer_xl_tiny --steps 0", "steps"),
     ("train transformer_xl_tiny --seed -1", "seed"),
+    ("train transformer_xl_tiny --seed 99999999999999999999", "seed: expected less than"),
+    ("train transformer_xl_tiny --segments -1", "from 1, or 0; got -1"),
+    ("train transformer_xl_tiny --clip -1", "above 0, or 0; got -1"),
+    ("train transformer_xl_tiny --mixed-precision int8", "'no', 'bf16', 'fp16'; got 'int8'"),
+    ("train transformer_xl_tiny --folder file", "memformers train: folder: expected a folder, but "
+     "file is a file"),
+    ("train transformer_xl_tiny --folder file/run", "folder: expected a folder, but file is a file"),
+    ("train transformer_xl_tiny --corpus empty", "no file in 'empty'"),
+    ("train transformer_xl_tiny --corpus text --tokenizer text", "tokenizer: text holds none"),
+    ("train transformer_xl_tiny --corpus text --tokenizer empty", "tokenizer.json' is no file"),
+    ("train empty", "no config.json in empty"),
     ("evaluate /nowhere/at/all", "neither a folder"),
     ("evaluate . --modes on,off", "modes: expected some of"),
     ("evaluate . --documents -1", "documents: expected"),
     ("evaluate . --max-tokens -1", "max_tokens: expected"),
+    ("evaluate . --max-tokens 1", "max_tokens: expected 0 or at least 2"),
+    ("evaluate . --out file", "out: expected a folder, but file is a file"),
     ("evaluate . --batch-size 0", "batch_size: expected"),
     ("generate /nowhere/at/all", "neither a folder"),
     ("generate . --temperature -1", "temperature: expected"),
@@ -249,6 +266,7 @@ def test_the_headline_is_the_difference_to_the_model_trained_without():
     ("generate . --top-p 1.5", "top_p: expected"),
     ("generate . --min-p -1", "min_p: expected"),
     ("generate . --seed -1", "seed: expected"),
+    ("generate . --seed 99999999999999999999", "seed: expected less than"),
     ("generate . --stop ab", "stop: expected"),
     ("generate . --prompt=", "prompt: expected"),
     ("generate . --prompt @/dev/zero", "prompt: '/dev/zero' is not a file"),
@@ -256,14 +274,106 @@ def test_the_headline_is_the_difference_to_the_model_trained_without():
     ("data novels", "name: expected one of golang, "),
     ("demo --steps 0", "steps"),
     ("demo --documents -1", "documents: expected"),
+    ("demo --max-tokens 1", "max_tokens: expected 0 or at least 2"),
+    ("demo --folder file", "folder: expected a folder, but file is a file"),
+    ("compare large", "suite: expected one of cpu, gpu, toy"),
+    ("compare toy --jobs 0", "jobs: expected"),
+    ("compare toy --only nothing", "only: no run has"),
+    ("compare toy --folder file", "folder: expected a folder, but file is a file"),
+    ("compare toy --folder file --dry-run", "folder: expected a folder, but file is a file"),
     ("demo --model nothing", "no model is called"),
 ])
 def test_errors_are_one_line(line, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "text").write_text("no tokenizer, but a text")
+    (tmp_path / "empty").mkdir()
     assert main(line.split()) == 1
     said, error = capsys.readouterr()
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
     assert not said, "nothing is printed before it is refused"
+
+
+def test_a_run_is_not_taken_for_a_model(texts, tmp_path, capsys):
+    """What `train` is told to begin from; both ways that it names lead on."""
+    run = tmp_path / "run"
+    began = words("train transformer_xl_tiny --corpus {t} --folder {r} --steps 1 --batch-size 2 "
+                  "--cpu", t=texts, r=run)
+    assert main(began) == 0
+    (run / "command.txt").write_text(shlex.join(["memformers", *began]))
+    capsys.readouterr()
+    assert main(words("train {r} --corpus {t} --cpu", t=texts, r=run)) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"model: {run} is the folder of a run" in said
+    again, saved = re.search("again: memformers (.*); to begin .* train (.*)", said).groups()
+    assert main(shlex.split(again)) == 0
+    assert main(words("train {m} --corpus {t} --folder {o} --steps 1 --batch-size 2 --cpu", m=saved,
+                      t=texts, o=tmp_path / "other")) == 0
+
+
+def test_the_command_that_began_a_run_is_one_that_worked(texts, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    def train(tokens, steps):
+        line = words("train transformer_xl_tiny --corpus {t} --folder {r} --steps {s} --batch-size 2 "
+                     "--cpu --options num_tokens={n}", t=texts, r=run, s=steps, n=tokens)
+        monkeypatch.setattr(sys, "argv", ["memformers", *line])
+        return main(line)
+    assert train(9, 1) == 1 and train(256, 1) == 0 and train(256, 2) == 0
+    assert "num_tokens=256" in (said := (run / "command.txt").read_text()) and "--steps 1" in said
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+def test_a_run_that_has_learned_nothing_yet_is_told(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/options.json").write_text("{}")
+    assert main([command, "run"]) == 1
+    said = capsys.readouterr().err
+    assert "run is the folder of a run. To go on with it, type the command that began it" in said \
+        if command == "train" else "folder: run is a run that has no checkpoint yet" in said
+
+
+@pytest.mark.parametrize("text", ["ab", "abc", "a text that is short"])
+def test_what_is_recommended_works_for_the_shortest_text(text, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(text)
+    assert main(words("train transformer_xl_tiny --corpus {t} --folder {r} --steps 1 --batch-size 2 "
+                      "--cpu", t=tmp_path / "text.txt", r=tmp_path / "run")) == 0
+    said, errors = capsys.readouterr()
+    assert "too little text to hold any of" in errors and "--split all" in errors
+    assert "1 documents for 2 rows" in errors and "; --cut makes more of them" in errors
+    again = said.split("memformers ", 1)[1].strip()
+    assert again.endswith("--split all") and main([*shlex.split(again), "--cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "| on |" in said and "no other document; --cut makes several" in said
+    assert "--cut makes several" in (tmp_path / "run/evaluation/evaluation.md").read_text()
+
+
+def test_what_the_package_says_names_options(texts, tmp_path, capsys):
+    """Each text that is put into the words of the shell stands in the package as it is written."""
+    parts = "\n".join(
+        "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        if isinstance(node, ast.JoinedStr) else str(node.value)
+        for path in Path(cli.__file__).parent.glob("*.py") if path.stem != "cli"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.JoinedStr, ast.Constant)))
+    rules = "whole number from 1, or None; got", "'no', 'bf16', 'fp16' or None"
+    lost = [said for said in cli._AS_TYPED if said not in parts + "\n".join(rules)]
+    assert not lost
+    assert main(words("train transformer_xl_tiny --corpus {t} --folder {r} --cpu --options "
+                      "num_tokens=9", t=texts, r=tmp_path / "run")) == 1
+    assert "corpus has tokens" in (said := capsys.readouterr().err)
+    assert "make it with --options num_tokens=256" in said
+    create("transformer_xl_tiny").save_pretrained(tmp_path / "model")
+    assert main(words("evaluate {m} --corpus {t}/beta.txt --modes", t=texts, m=tmp_path / "model")
+                + ["on foreign"]) == 1
+    assert "Cut it with --cut, or leave it out" in capsys.readouterr().err
+
+
+def test_a_gradient_of_any_length(texts, tmp_path):
+    assert main(words("train transformer_xl_tiny --corpus {t} --folder {r} --steps 1 --batch-size 2 "
+                      "--clip 0 --cpu", t=texts, r=tmp_path / "run")) == 0
+    record = json.loads((tmp_path / "run/options.json").read_text())
+    assert record["options"]["clip"] is None
 
 
 @pytest.fixture(scope="module")
