@@ -79,6 +79,10 @@ pretrained: $(READY) ## a memory in SmolLM2-135M on long texts (an hour; 100 MB 
 	OMP_NUM_THREADS=1 $(BIN)/python bench/pretrained_smollm2.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/pretrained_smollm2.py recurrent
 
+.PHONY: models
+models: $(READY) ## train the models that come with the package again (hours; can be stopped)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tools/train_models.py $(ARGS)
+
 .PHONY: faults
 faults: $(READY) ## break the code on purpose, one fault at a time: do the tests notice?
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py $(ARGS)

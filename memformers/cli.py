@@ -46,13 +46,13 @@ from .train import (NonFiniteLoss, Trainer, TrainOptions, latest_checkpoint,
                               read_metrics)
 from .train import train as train_model
 from .transformer_xl import TransformerXL
-from .zoo import PRESETS, create, load_model
+from .zoo import PRESETS, TRAINED, create, load_model
 from .zoo import models as models_table
 
 # %% ../nbs/46_cli.ipynb #41dd6732
 def models():
-    "List the named models with their budgets."
-    print(models_table())
+    "List the named models with their budgets, and those that are trained."
+    print(f"{models_table()}\n\nTrained, part of the package: {', '.join(TRAINED)}")
 
 # %% ../nbs/46_cli.ipynb #402b4266
 def data(
@@ -100,7 +100,8 @@ def _new_model(model: str, options: str, tokenizer: str = "") -> MemoryLM:
     "The model to train: of a preset, with the options that were given, or one that was saved."
     if model in PRESETS: return create(model, tokenizer=tokenizer or None,
                                        **_model_options(options, PRESETS[model].model_class))
-    if not Path(model).is_dir() and "/" not in model: return create(model)  # says what there is
+    if not Path(model).is_dir() and "/" not in model and model not in TRAINED:
+        return create(model)  # says what there is
     _refuse_run(model)
     for name, given in dict(options=options, tokenizer=tokenizer).items():
         if given: raise ValueError(f"{name}: goes with a named model only; a saved one has its own")
@@ -218,7 +219,7 @@ def train(
 
 # %% ../nbs/46_cli.ipynb #1774147a
 def evaluate(
-    folder: str,             # of a run or of a saved model, or a name on the Hugging Face hub
+    folder: str,             # of a run or model, or a name: trained, or on the Hugging Face hub
     corpus: str = "stdlib",  # stdlib, a name of `data`, hf:NAME, or a file, folder or glob
     split: str = "valid",    # valid, test, train or all
     modes: str = "",         # such as "on off knn.off"; default: on, off, foreign and shuffled
@@ -327,7 +328,7 @@ def _until(stop: str, pieces):
 
 # %% ../nbs/46_cli.ipynb #65f8ba55
 def generate(
-    folder: str,              # of a run or of a saved model, or a name on the Hugging Face hub
+    folder: str,              # of a run or model, or a name: trained, or on the Hugging Face hub
     prompt: str = "def ",     # how the text begins; @FILE: from a file, @-: from standard input
     length: int = 400,        # tokens to generate: bytes, if the model has no tokenizer
     temperature: float = 0.8, # 0: always take the likeliest

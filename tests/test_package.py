@@ -96,14 +96,25 @@ def test_wheel_holds_every_module_and_nothing_else(built):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {f"memformers/{path.name}" for path in (ROOT / "memformers").glob("*.py")}
-    assert names == modules | {"memformers/py.typed"}
+    assert names == modules | {"memformers/py.typed"} | trained()
+
+
+def trained():
+    files = [path for path in (ROOT / "memformers" / "trained").rglob("*") if path.is_file()]
+    assert files
+    return {path.relative_to(ROOT).as_posix() for path in files}
+
+
+def test_what_is_built_stays_small(built):
+    sizes = {path.name: path.stat().st_size for path in built.iterdir()}
+    assert max(sizes.values()) < 7_000_000, sizes
 
 
 def test_sdist_holds_what_a_reader_looks_for(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"settings.ini", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt",
-            "CITATION.cff", "memformers/__init__.py", "memformers/py.typed"} <= names
+            "CITATION.cff", "memformers/__init__.py", "memformers/py.typed"} | trained() <= names
 
 
 def test_the_same_facts_everywhere(built, settings):
@@ -137,6 +148,19 @@ print(found.version, command.name, callable(command.load()))"""
     usage = run(sys.executable, installed / "bin" / "memformers", "--help", cwd=tmp_path,
                 env={**os.environ, "PYTHONPATH": str(installed)})
     assert "demo" in usage
+
+
+def test_trained_models_load_without_a_network(installed, tmp_path):
+    code = """
+import socket
+def refuse(*_): raise OSError("no network")
+socket.socket.connect = socket.getaddrinfo = refuse
+from memformers import generate
+from memformers.zoo import TRAINED, load_model
+for name in TRAINED: assert len(generate(load_model(name), "KING.", 8, temperature=0)) >= 8
+print(*TRAINED)"""
+    names = {path.parent.name for path in (ROOT / "memformers" / "trained").glob("*/config.json")}
+    assert set(python(installed, code, tmp_path).split()) == names
 
 
 def test_every_module_imports(installed, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 2_000_000             # bytes of a file
-BINARY = ["nbs/images/*.png", "nbs/assets/*.png", "nbs/assets/*.woff2"]  # that may be committed
+BINARY = ["nbs/images/*.png", "nbs/assets/*.png", "nbs/assets/*.woff2",
+          "memformers/trained/*/model.safetensors"]  # that may be committed
 
 
 @pytest.fixture(scope="module")
