@@ -256,11 +256,15 @@ def test_what_patch_adds_is_declared_as_it_is(path):
     assert declared == added
 
 
-def mypy(script, folder):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory): return tmp_path_factory.mktemp("mypy")  # what it knows of torch
+
+
+def mypy(script, folder, cache):
     (folder / "user.py").write_text(script, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--follow-imports=silent", "--config-file=",
-         f"--cache-dir={folder / 'cache'}", "user.py"],
+         f"--cache-dir={cache}", "user.py"],
         cwd=folder, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(ROOT)})
     return done.stdout + done.stderr
 
@@ -272,10 +276,10 @@ def test_every_model_is_in_the_scripts():
 
 
 @pytest.mark.parametrize("script, wrong", WRONGS, ids=["readme", "models", "tools"])
-def test_a_users_script_passes_mypy(script, wrong, tmp_path):
+def test_a_users_script_passes_mypy(script, wrong, tmp_path, cache):
     """It has no error, and each line of `wrong` has one: what is checked is not taken for Any."""
     pytest.importorskip("mypy")
-    said = mypy(script + wrong, tmp_path)
+    said = mypy(script + wrong, tmp_path, cache)
     first = len(script.splitlines()) + 1
     errors = [line for line in said.splitlines() if ": error: " in line]
     assert {int(line.split(":")[1]) for line in errors} == set(range(first, first + 4)), said

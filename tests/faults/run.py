@@ -58,15 +58,15 @@ def imported(copy: Path) -> str:
     return run(copy, "-c", "import memformers; print(memformers.__file__)").stdout.strip()
 
 
-def failing(copy: Path, tests: list[str]) -> str:
-    """The first test that fails on the package of the copy; empty if all pass."""
+def failing(copy: Path, tests: list[str]) -> str | None:
+    """The first test that fails on the package of the copy; empty if all pass, None if none ran."""
     done = run(copy, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests)
     # With another code pytest could not run, perhaps because the package can't be imported.
     if done.returncode not in (0, 1):
         if not imported(copy): return "import memformers"
         said = done.stdout[-2000:] + done.stderr[-2000:]
         raise SystemExit(f"pytest could not run {tests}:\n{said}")
-    if done.returncode == 0: return ""
+    if done.returncode == 0: return "" if " passed" in done.stdout else None
     return next((line.split(" - ")[0].split()[-1] for line in done.stdout.splitlines()
                  if line.startswith(("FAILED", "ERROR "))), "a test")
 
@@ -81,6 +81,7 @@ def verdict(fault: Fault, copy: Path) -> tuple[str, str]:
     target.write_text(whole.replace(fault.was, fault.becomes), encoding="utf-8")
     try:
         test = failing(copy, fault.tests)
+        if test is None: return "skipped", f"as are all of {fault.tests}, here"
         seconds = round(time.time() - began)
         return ("caught", f"{test}, {seconds} s") if test else ("SURVIVED", f"all of {fault.tests}")
     finally: target.write_text(whole, encoding="utf-8")
@@ -91,7 +92,7 @@ def main(names: list[str], jobs: int) -> int:
     unknown = set(names) - {f.name for f in faults}
     if unknown: raise SystemExit(f"no such fault: {', '.join(sorted(unknown))}")
     faults = [f for f in faults if not names or f.name in names]
-    bad, began, copies = 0, time.time(), Queue()
+    counts, began, copies = {}, time.time(), Queue()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         for i in range(jobs):
             copy = Path(folder).resolve() / f"copy{i}"
@@ -116,9 +117,11 @@ def main(names: list[str], jobs: int) -> int:
         print(f"they pass ({time.time() - began:.0f} s).", flush=True)
         verdicts = pool.map(lambda f: on_a_copy(lambda copy: verdict(f, copy)), faults)
         for fault, (said, why) in zip(faults, verdicts):
-            bad += said != "caught"
+            counts[said] = counts.get(said, 0) + 1
             print(f"  {said:9} {fault.name}: {fault.what} ({why})", flush=True)
-    print(f"{len(faults) - bad} caught, {bad} not, {time.time() - began:.0f} s.")
+    bad = len(faults) - counts.get("caught", 0) - counts.get("skipped", 0)
+    skipped = f", {counts['skipped']} skipped" if "skipped" in counts else ""
+    print(f"{counts.get('caught', 0)} caught, {bad} not{skipped}, {time.time() - began:.0f} s.")
     return 1 if bad else 0
 
 
