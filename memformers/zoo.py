@@ -128,8 +128,7 @@ PRESETS = {
     "neural_memory_tiny": Preset(NeuralMemoryTransformer, dict(
         num_tokens=256, dim=64, depth=2, heads=2, seq_len=32), "lessons and tests"),
     "neural_memory_small": Preset(NeuralMemoryTransformer, dict(
-        num_tokens=256, dim=128, depth=4, heads=4, seq_len=64),
-        "minutes on two cores"),
+        num_tokens=256, dim=128, depth=4, heads=4, seq_len=64), "minutes on two cores"),
     "neural_memory_base": Preset(NeuralMemoryTransformer, dict(
         num_tokens=256, dim=512, depth=12, heads=8, seq_len=128, attn_dropout=0.1,
         ff_dropout=0.1, attn_layer_dropout=0.1, emb_dropout=0.1), "a GPU"),

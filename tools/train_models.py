@@ -1,7 +1,7 @@
 """The trained models that come with the package: train them, round them, write their cards.
 
     python tools/train_models.py          do the runs that are not finished, then the rest
-    python tools/train_models.py --cards  only the rest, with the weights that are there
+    python tools/train_models.py --cards  only the rest, when all runs have been finished
 
 The runs are in runs/trained. They can be stopped at any moment and go on where they were.
 """
